@@ -1,0 +1,55 @@
+"""The command line: one function a verb, parsing and nothing else.
+
+A verb's function adds its arguments to a parser and sets `run`, the function that does the work. Whatever is heavy
+is imported inside `run`, so that `glm45 --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from glm45 import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status.
+
+    0 is success, 1 a failure told in one line, 2 a usage error, 130 Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left: not a failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        if os.environ.get("GLM45_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"glm45: {message}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb."""
+    parser = argparse.ArgumentParser(
+        prog="glm45",
+        description="Train, post-train, serve and study GLM-4.5-class models.",
+        epilog="Set GLM45_TRACEBACK=1 to see the traceback of a failure.",
+    )
+    parser.add_argument("--version", action="version", version=f"glm45 {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, (define, summary) in VERBS.items():
+        define(verbs.add_parser(name, help=summary, description=summary))
+    return parser
+
+
+VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

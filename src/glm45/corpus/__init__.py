@@ -1,0 +1,1 @@
+"""From documents to shards, offline: sources, extraction, quality, duplicates, code, repositories, build."""

@@ -1,0 +1,1 @@
+"""Generation: scheduler, paged cache, sampler, speculative decoding, clients."""

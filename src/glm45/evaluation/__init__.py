@@ -1,0 +1,1 @@
+"""Tasks, scorers and runners against the engine or any OpenAI-style endpoint."""

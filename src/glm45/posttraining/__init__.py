@@ -1,0 +1,1 @@
+"""Supervised fine-tuning data, rejection sampling, prompt selection, expert iteration."""

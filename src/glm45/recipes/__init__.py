@@ -1,0 +1,1 @@
+"""Functions that return a whole run, and their parts."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning: samples, pool, rollout, advantages, losses, curriculum, temperature, the driver."""

@@ -1,0 +1,1 @@
+"""Between messages and token ids: tokenizer, special tokens, chat renderer, output parser."""

@@ -1,0 +1,1 @@
+"""Optimisers, schedules, stages, the loop, checkpoints, parallelism, health."""

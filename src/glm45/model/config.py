@@ -76,9 +76,11 @@ class ModelConfig:
 
     def _checks(self) -> list[tuple[bool, str]]:
         """Pairs of a condition that must hold and what to change if it does not."""
-        counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        counts += ("head_dim", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
-        counts += ("intermediate_size", "moe_intermediate_size", "max_position_embeddings")
+        counts = (
+            *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "n_routed_experts", "num_experts_per_tok"),
+            *("n_group", "topk_group", "max_position_embeddings"),
+        )
         checks = [
             (getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: set it to 1 or more") for name in counts
         ]
@@ -86,7 +88,8 @@ class ModelConfig:
             return checks  # the ratios below would divide by zero
         heads, kv_heads, groups = self.num_attention_heads, self.num_key_value_heads, self.n_group
         experts_in_reach = self.n_routed_experts // groups * self.topk_group
-        return checks + [
+        return [
+            *checks,
             (
                 heads % kv_heads == 0,
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}: change one of them",
@@ -241,7 +244,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
         "moe_intermediate_size": 384,
-        "num_hidden_layers": 14,
+        "num_hidden_layers": 12,
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
         "head_dim": 128,
@@ -254,7 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 8192,
         "hidden_size": 320,
         "intermediate_size": 960,
-        "moe_intermediate_size": 192,
+        "moe_intermediate_size": 160,
         "num_hidden_layers": 8,
         "num_attention_heads": 10,
         "num_key_value_heads": 2,
@@ -292,7 +295,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
     },
 }
-"""The published shapes, exact, and a family of small ones after GLM-4.5 (QK-norm, biases, scaling 2.5, wide attention)."""
+"""The published shapes, exact, and small ones after GLM-4.5: QK-norm, biases, scaling 2.5, wide attention."""
 
 
 def preset(name: str) -> ModelConfig:

@@ -1,0 +1,286 @@
+"""The loader: a pure function of its arguments, and no document lost, repeated or cut where it must not be.
+
+Tokens of the test folder are unique, so that what was read can be told from the tokens themselves.
+"""
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm45.data.folder import DataFolder
+from glm45.data.loader import Loader, held_out_batches, prefetch
+from glm45.data.mixture import Mixture
+from glm45.data.shards import MemoryDocuments, Shard
+
+MIXTURE = Mixture(repeats={"*.high": 3.2})
+PACKINGS = ["concatenate", "best_fit"]
+
+
+def as_bytes(*batches):
+    names = ("tokens_BT", "document_ids_BT", "positions_BT", "loss_mask_BT")
+    return [torch.cat([getattr(batch, name) for batch in batches]).numpy().tobytes() for name in names]
+
+
+def documents_in(batch):
+    """The pieces of documents in a batch, in order, as lists of tokens."""
+    pieces = []
+    for tokens, ids in zip(batch.tokens_BT.tolist(), batch.document_ids_BT.tolist(), strict=True):
+        for number, group in itertools.groupby(zip(ids, tokens, strict=True), key=lambda pair: pair[0]):
+            if number >= 0:
+                pieces.append([token for _, token in group])
+    return pieces
+
+
+def in_memory(lengths, masks=None):
+    bounds = np.cumsum([0, *lengths])
+    documents = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+    return {"a.b": MemoryDocuments(documents, masks)}, documents
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_50_steps_give_the_same_bytes_for_1_2_and_4_ranks_and_after_resume_at_every_step(data_folder, packing):
+    def make():
+        return Loader(data_folder, MIXTURE, 64, packing, seed=3)
+
+    run = [as_bytes(make().batch(0, 8))] + [
+        as_bytes(loader.batch(step, 8)) for loader in [make()] for step in range(1, 50)
+    ]
+    assert len({tokens for tokens, *_ in run}) == 50
+    for step in range(50):
+        resumed = make()  # a new process knows nothing but the step
+        assert as_bytes(resumed.batch(step, 8)) == run[step]
+        for ranks in (2, 4):
+            assert as_bytes(*(resumed.batch(step, 8, rank, ranks) for rank in range(ranks))) == run[step]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_order_of_asking_does_not_matter(data_folder, packing):
+    forward, backward = Loader(data_folder, MIXTURE, 32, packing), Loader(data_folder, MIXTURE, 32, packing)
+    batches = {step: as_bytes(backward.batch(step, 4)) for step in reversed(range(200))}
+    assert all(as_bytes(forward.batch(step, 4)) == batches[step] for step in range(200))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_another_seed_reads_in_another_order(data_folder, packing):
+    one, two = (Loader(data_folder, MIXTURE, 64, packing, seed).batch(0, 8) for seed in (0, 1))
+    assert as_bytes(one)[0] != as_bytes(two)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(2, 12), st.integers(0, 5))
+def test_concatenation_reads_every_token_once_an_epoch(lengths, sequence_length, seed):
+    """Two epochs of rows, laid end to end, are two permutations of the documents, each whole and in order."""
+    datasets, documents = in_memory(lengths)
+    loader = Loader(datasets, {"a.b": 1}, sequence_length, seed=seed)
+    total = sum(lengths)
+    tokens = loader.rows(0, -(-2 * total // sequence_length)).tokens_BT.flatten().tolist()
+    for epoch in range(2):
+        left = tokens[epoch * total : (epoch + 1) * total]
+        by_first = {document[0]: document for document in documents}
+        while left:
+            document = by_first.pop(left[0])
+            assert left[: len(document)] == document
+            left = left[len(document) :]
+        assert not by_first
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60), st.integers(0, 5))
+def test_packing_reads_every_document_once_an_epoch_and_cuts_none(lengths, sequence_length, seed):
+    datasets, documents = in_memory(lengths)
+    loader = Loader(datasets, {"a.b": 1}, sequence_length, "best_fit", seed=seed)
+    rows = loader._rows[0].rows_of_epoch()
+    for epoch in range(2):
+        assert sorted(documents_in(loader.rows(epoch * rows, rows))) == documents
+
+
+def test_document_ids_positions_and_mask_describe_the_tokens(data_folder):
+    """Independently: tokens of a document count on, so ids change exactly where the count breaks or a shard says so."""
+    for packing in PACKINGS:
+        batch = Loader(data_folder, MIXTURE, 64, packing).rows(0, 40)
+        starts = {int(Shard(data_folder / "shards" / name)[i][0]) for name in ("web.high", "web.medium", "code.high")
+                  for i in range(Shard(data_folder / "shards" / name).num_documents)}  # fmt: skip
+        for row in range(40):
+            expected_id = expected_position = -1
+            for column in range(64):
+                token, document = batch.tokens_BT[row, column].item(), batch.document_ids_BT[row, column].item()
+                if document == -1:
+                    assert (batch.document_ids_BT[row, column:] == -1).all()
+                    assert not batch.loss_mask_BT[row, column:].any()
+                    assert not batch.tokens_BT[row, column:].any()
+                    break
+                new = column == 0 or token in starts or token != batch.tokens_BT[row, column - 1] + 1
+                expected_id, expected_position = (expected_id + 1, 0) if new else (expected_id, expected_position + 1)
+                assert (document, batch.positions_BT[row, column].item()) == (expected_id, expected_position)
+                assert batch.loss_mask_BT[row, column]
+
+
+def test_rows_keep_the_mixture(data_folder):
+    loader = Loader(data_folder, {"web.*": 0.25, "code.*": 0.75}, 64)
+    names = loader.datasets_of(0, 400)
+    assert abs(sum(name.startswith("code") for name in names) - 300) < 3
+    shard = Shard(data_folder / "shards" / "code.high")
+    low, high = int(shard.tokens[0]), int(shard.tokens[-1])
+    batch = loader.rows(0, 400)
+    assert [name == "code.high" for name in names] == [low <= row[0] <= high for row in batch.tokens_BT.tolist()]
+
+
+stage_lists = st.lists(
+    st.tuples(st.integers(0, 25), st.integers(2, 40), st.sampled_from(PACKINGS)), min_size=2, max_size=5
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60).filter(any), stage_lists, st.integers(0, 3))
+def test_stages_of_any_shape_neither_repeat_nor_skip_a_token(lengths, stages, seed):
+    """After any chain of stages, what was read and what is still pending are whole epochs plus the start of one."""
+    datasets, documents = in_memory(lengths)
+    start, read = {}, []
+    for rows, sequence_length, packing in stages:
+        loader = Loader(datasets, {"a.b": 1}, sequence_length, packing, seed, start=start)
+        batch = loader.rows(0, rows)
+        read += batch.tokens_BT[batch.document_ids_BT >= 0].tolist()
+        start = loader.cursors(rows)
+    cursor = start["a.b"]
+    assert np.ptp(np.bincount(read, minlength=sum(lengths))) <= 1, "a second epoch began before the first was read"
+    pending = zip(cursor.pending.starts_N, cursor.pending.lengths_N, strict=True)
+    read += [token for first, length in pending for token in range(first, first + length)]
+    times_N = np.bincount(read, minlength=sum(lengths))
+    epoch, touched = divmod(cursor.document, len(lengths))
+    per_document = [set(times_N[document].tolist()) for document in documents if document]
+    assert all(len(times) == 1 for times in per_document), "a document was read in part"
+    counts = [times.pop() for times in per_document]
+    assert set(counts) <= {epoch, epoch + 1}
+    assert sum(count == epoch + 1 for count in counts) <= touched
+
+
+def test_stages_go_on_where_the_last_one_stopped_for_every_dataset(data_folder):
+    """One epoch over four stages with other mixtures, lengths and packings: no token twice."""
+    start, read = {}, []
+    for mixture, length, packing, rows in (
+        ({"*": 1}, 64, "concatenate", 150),
+        ({"code.*": 1, "web.high": 1}, 128, "best_fit", 30),
+        ({"*": 1}, 256, "best_fit", 20),
+        ({"web.*": 1}, 32, "concatenate", 300),
+    ):
+        loader = Loader(data_folder, mixture, length, packing, seed=1, start=start)
+        batch = loader.rows(0, rows)
+        read += batch.tokens_BT[batch.document_ids_BT >= 0].tolist()
+        start = loader.cursors(rows)
+    assert len(read) == len(set(read)) > 25_000
+
+
+def test_batch_size_warm_up_reads_the_same_rows(data_folder):
+    loader = Loader(data_folder, MIXTURE, 64)
+    sizes = [2, 2, 4, 4, 8, 16]
+    firsts = np.cumsum([0, *sizes])
+    warm = as_bytes(*(loader.rows(int(first), size) for first, size in zip(firsts, sizes, strict=False)))
+    assert warm == as_bytes(loader.rows(0, sum(sizes)))
+
+
+def test_long_documents_are_split_or_dropped_and_counted():
+    datasets, documents = in_memory([5, 12, 3, 25, 8])
+    split = Loader(datasets, {"a.b": 1}, 10, "best_fit", long="split")
+    rows = split._rows[0].rows_of_epoch()
+    pieces = documents_in(split.rows(0, rows))
+    assert sorted(token for piece in pieces for token in piece) == list(range(53))
+    assert sorted(map(len, pieces)) == [2, 3, 5, 5, 8, 10, 10, 10]
+    drop = Loader(datasets, {"a.b": 1}, 10, "best_fit", long="drop")
+    rows = drop._rows[0].rows_of_epoch()
+    assert sorted(documents_in(drop.rows(0, rows))) == [documents[0], documents[2], documents[4]]
+    assert split.num_long() == drop.num_long() == {"a.b": 2}
+
+
+def test_dropping_everything_is_refused():
+    with pytest.raises(ValueError, match=r"a\.b: no document fits 10 tokens"):
+        Loader(in_memory([11, 30])[0], {"a.b": 1}, 10, "best_fit", long="drop")
+
+
+def test_loss_masks_follow_their_tokens():
+    """Token 7 of every document of 10 is learnt: after shuffling and packing, exactly those are."""
+    datasets, _ = in_memory([10] * 20, [[place == 7 for place in range(10)]] * 20)
+    batch = Loader(datasets, {"a.b": 1}, 33, "best_fit").rows(0, 6)
+    assert batch.loss_mask_BT.sum() > 0
+    expected = (batch.tokens_BT % 10 == 7) & (batch.document_ids_BT >= 0)
+    assert torch.equal(batch.loss_mask_BT, expected)
+
+
+def test_epochs_are_reported(data_folder):
+    loader = Loader(data_folder, MIXTURE, 64)
+    tokens = loader.folder.tokens
+    rows = round((3.2 * (tokens["web.high"] + tokens["code.high"]) + tokens["web.medium"]) / 64)
+    assert loader.epochs(rows) == pytest.approx({"code.high": 3.2, "web.high": 3.2, "web.medium": 1}, rel=1e-2)
+
+
+def test_held_out_batches_hold_each_held_out_document_once(data_folder):
+    batches = held_out_batches(data_folder, 128, 4, max_rows=1_000)
+    assert list(batches) == ["web"]
+    tokens = [token for batch in batches["web"] for token in batch.tokens_BT[batch.document_ids_BT >= 0].tolist()]
+    assert sorted(tokens) == Shard(data_folder / "shards" / "web.heldout").tokens.tolist()
+    again = held_out_batches(data_folder, 128, 4, max_rows=8)["web"]
+    assert as_bytes(*again) == as_bytes(*batches["web"][:2])
+
+
+def test_held_out_documents_are_never_trained_on(data_folder):
+    batch = Loader(data_folder, {"*": 1}, 64).rows(0, 3_000)
+    assert not set(batch.tokens_BT.unique().tolist()) & set(
+        Shard(data_folder / "shards" / "web.heldout").tokens.tolist()
+    )
+
+
+def test_uneven_ranks_are_refused(data_folder):
+    with pytest.raises(ValueError, match="6 rows cannot be divided among 4 ranks"):
+        Loader(data_folder, {"*": 1}, 64).batch(0, 6, 0, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((1,), "sequence_length = 1"),
+        ((64, "first_fit"), "packing = 'first_fit'"),
+    ],
+)
+def test_impossible_arguments_are_refused(data_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(data_folder, {"*": 1}, *arguments)
+
+
+def test_a_damaged_folder_is_refused(data_folder, tmp_path):
+    shutil.copytree(data_folder, tmp_path / "data")
+    path = tmp_path / "data" / "shards" / "web.high.bin"
+    data = bytearray(path.read_bytes())
+    data[1_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"web\.high\.bin is damaged"):
+        Loader(tmp_path / "data", {"*": 1}, 64)
+    assert DataFolder.open(tmp_path / "data", check=False).tokens["web.high"] > 0
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a data folder"):
+        Loader(tmp_path, {"*": 1}, 64)
+
+
+def test_prefetch_yields_in_order_and_raises_in_place():
+    def make(index):
+        if index == 3:
+            raise ValueError("batch 3")
+        return index * index
+
+    results = prefetch(make, 0, 10)
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(ValueError, match="batch 3"):
+        next(results)
+
+
+def test_prefetch_works_ahead_and_stops_when_left():
+    made = []
+    results = prefetch(made.append, 0, 1_000, depth=3)
+    next(results)
+    results.close()
+    assert len(made) <= 5

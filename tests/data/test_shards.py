@@ -1,0 +1,148 @@
+"""Shards: the bytes are Megatron's, and damage of any kind is refused."""
+
+import struct
+
+import numpy as np
+import pytest
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm45.data.shards import MemoryDocuments, Shard, ShardWriter, merge, require_disk, token_dtype, verify
+
+DOCUMENTS = [[5, 6, 7], [8], [], [9, 10, 65_000]]
+
+
+def write(prefix, documents, dtype=np.uint16):
+    with ShardWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add(document)
+    return writer.entry
+
+
+def test_bytes_are_those_that_the_format_prescribes(tmp_path):
+    """Byte for byte as laid out by hand from the format's definition."""
+    write(tmp_path / "web.high", [[1, 2, 3], [4]], np.int32)
+    assert (tmp_path / "web.high.bin").read_bytes() == struct.pack("<4i", 1, 2, 3, 4)
+    assert (tmp_path / "web.high.idx").read_bytes() == (
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 2, 3) + struct.pack("<2i2q3q", 3, 1, 0, 12, 0, 1, 2)
+    )
+
+
+@pytest.mark.parametrize("token_size, dtype", [(2, np.uint16), (4, np.int32)])
+def test_bytes_equal_those_of_datatrove(tmp_path, token_size, dtype):
+    """An independent writer of Megatron shards gives the same two files."""
+    theirs = MegatronTokenizedFile(str(tmp_path), "theirs", token_size=token_size)
+    for document in DOCUMENTS:
+        theirs.write(document)
+    theirs.bin_file.flush()
+    theirs.close()
+    write(tmp_path / "ours", DOCUMENTS, dtype)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
+@given(st.lists(st.lists(st.integers(0, 65_535), max_size=20), max_size=20))
+def test_documents_come_back(tmp_path_factory, documents):
+    prefix = tmp_path_factory.mktemp("shard") / "web.high"
+    entry = write(prefix, documents)
+    shard = Shard(prefix)
+    assert [document.tolist() for document in (shard[i] for i in range(len(shard)))] == documents
+    assert entry["documents"] == shard.num_documents == len(documents)
+    assert entry["tokens"] == shard.num_tokens == sum(map(len, documents))
+    verify(prefix.parent, entry)
+
+
+def test_a_document_of_several_sequences_is_one_document(tmp_path):
+    """Megatron can split documents into sentences: bounds 0, 2, 3 over three sequences are two documents."""
+    (tmp_path / "s.bin").write_bytes(struct.pack("<5H", 1, 2, 3, 4, 5))
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 3)
+    (tmp_path / "s.idx").write_bytes(header + struct.pack("<3i3q3q", 1, 2, 2, 0, 2, 6, 0, 2, 3) + b"\1\1\1")
+    shard = Shard(tmp_path / "s")
+    assert [shard[i].tolist() for i in range(len(shard))] == [[1, 2, 3], [4, 5]]
+
+
+def test_merge_keeps_order(tmp_path):
+    for name, documents in (("a", [[1], [2, 3]]), ("b", [[], [4]])):
+        write(tmp_path / name, documents)
+    assert merge(tmp_path / "all", [tmp_path / "a", tmp_path / "b"]) == write(
+        tmp_path / "one", [[1], [2, 3], [], [4]]
+    ) | {
+        "files": {
+            name.replace("one", "all"): entry
+            for name, entry in write(tmp_path / "one", [[1], [2, 3], [], [4]])["files"].items()
+        }
+    }
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(OverflowError, match="70000"):
+        write(tmp_path / "x", [[1], [70_000]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_write_is_not_taken_for_a_shard(tmp_path):
+    """What a killed writer leaves carries other names."""
+    writer = ShardWriter(tmp_path / "x", np.uint16)
+    writer.add([1, 2])
+    assert all(path.name.endswith(".tmp") for path in tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Shard(tmp_path / "x")
+    writer.discard()
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_every_cut_is_refused_on_opening(tmp_path, suffix):
+    write(tmp_path / "x", [[1, 2, 3], [4, 5]])
+    path = tmp_path / f"x.{suffix}"
+    data = path.read_bytes()
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=rf"x\.{suffix}"):
+            Shard(tmp_path / "x")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_every_flipped_byte_is_found(tmp_path, suffix):
+    entry = write(tmp_path / "x", [[1, 2, 3], [4, 5]])
+    path = tmp_path / f"x.{suffix}"
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            verify(tmp_path, entry)
+
+
+def test_missing_shard_is_named(tmp_path):
+    entry = write(tmp_path / "x", [[1]])
+    (tmp_path / "x.bin").unlink()
+    with pytest.raises(ValueError, match=r"x\.bin is in the manifest and not on disk"):
+        verify(tmp_path, entry)
+
+
+def test_token_type_follows_megatron():
+    assert [token_dtype(size).name for size in (4_096, 65_499, 65_500, 151_552)] == [
+        "uint16",
+        "uint16",
+        "int32",
+        "int32",
+    ]
+
+
+def test_loss_mask_shard_must_match(tmp_path):
+    write(tmp_path / "x", [[1, 2], [3]])
+    write(tmp_path / "x.loss_mask", [[0, 1], [1]], np.uint8)
+    assert Shard(tmp_path / "x").mask.tolist() == [0, 1, 1]
+    write(tmp_path / "x.loss_mask", [[0, 1]], np.uint8)
+    with pytest.raises(ValueError, match="masks 2 tokens of 3"):
+        Shard(tmp_path / "x")
+
+
+def test_documents_in_memory_refuse_a_mask_of_another_length():
+    with pytest.raises(ValueError, match="document 1 has 1 tokens and a loss mask of 2"):
+        MemoryDocuments([[1, 2], [3]], [[True, False], [True, True]])
+
+
+def test_a_full_disk_is_told_before_writing(tmp_path):
+    with pytest.raises(OSError, match="MB free"):
+        require_disk(tmp_path, 1 << 60)

@@ -67,6 +67,15 @@ def _attention(config: ModelConfig) -> int:
     return config.hidden_size * (2 * q_size + kv_size) + biases + 2 * config.head_dim * config.use_qk_norm
 
 
+def _vectors(config: ModelConfig, *, mtp: bool) -> int:
+    """Active parameters that are in no matrix product: norms and biases."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = 2 * config.hidden_size + heads * config.head_dim * config.attention_bias
+    layer += 2 * config.head_dim * config.use_qk_norm
+    layers, norms = config.num_hidden_layers + mtp, 1 + 3 * mtp
+    return layers * layer + norms * config.hidden_size
+
+
 def forward_flops_per_token(config: ModelConfig, length: int, *, mtp: bool = False) -> float:
     """Return the floating-point operations of one token's forward pass, averaged over a sequence of `length`.
 
@@ -77,9 +86,8 @@ def forward_flops_per_token(config: ModelConfig, length: int, *, mtp: bool = Fal
     counted = census(config)
     heads = 2 * config.hidden_size * config.vocab_size
     attended = 4 * config.num_attention_heads * config.head_dim * (length + 1) / 2
-    if not mtp:
-        return 2 * counted.active + heads + attended * config.num_hidden_layers
-    return 2 * counted.active_with_mtp + 2 * heads + attended * (config.num_hidden_layers + 1)
+    active = counted.active_with_mtp if mtp else counted.active
+    return 2 * (active - _vectors(config, mtp=mtp)) + (1 + mtp) * heads + attended * (config.num_hidden_layers + mtp)
 
 
 def training_flops_per_token(config: ModelConfig, length: int, *, mtp: bool = True) -> float:
@@ -90,7 +98,8 @@ def training_flops_per_token(config: ModelConfig, length: int, *, mtp: bool = Tr
 def decoding_flops_per_token(config: ModelConfig, length: int) -> float:
     """Return the operations of decoding one token after `length` others."""
     attended = 4 * config.num_attention_heads * config.head_dim * (length + 1) * config.num_hidden_layers
-    return 2 * census(config).active + 2 * config.hidden_size * config.vocab_size + attended
+    matrices = census(config).active - _vectors(config, mtp=False)
+    return 2 * matrices + 2 * config.hidden_size * config.vocab_size + attended
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, *, mtp: bool = False) -> int:
@@ -137,5 +146,5 @@ def _short(number: float) -> str:
     """Four significant digits with a unit: 355233991936 is 355.2 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
-            return f"{number / size:.4g} {unit}"
+            return f"{number / size:#.4g} {unit}"
     return f"{number:.4g}  "

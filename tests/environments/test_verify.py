@@ -1,0 +1,108 @@
+"""Reward processes: what breaks becomes a typed failure, is counted, and never costs the run or a zero reward."""
+
+import textwrap
+import time
+
+import pytest
+
+from glm45.environments.catalogue import VERIFIERS, load_verifier
+from glm45.environments.protocol import Failure, Reward, Task, assistant, prove, user
+from glm45.environments.verify import RewardConfig, RewardWorkers
+
+HOSTILE_VERIFIER = textwrap.dedent(
+    """
+    import os, signal, time
+    from glm45.environments.protocol import Reward, Task, assistant, user
+
+    class Hostile:
+        def score(self, task, response):
+            what = response["content"]
+            if what == "hang": time.sleep(1000)
+            if what == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)
+            if what == "memory": bytearray(1 << 40)
+            if what == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+            if what == "raise": raise KeyError("gold")
+            if what == "nan": return Reward(float("nan"))
+            if what == "print": print("not for the protocol")
+            return Reward(float(what != "bad"), {"correct": 1.0})
+
+        def examples(self):
+            yield Task(task_id="t", verifier="", messages=[user("?")], answer=None), assistant("good"), assistant("bad")
+
+    class Wrong(Hostile):
+        def score(self, task, response):
+            return Reward(0.0)
+    """
+)
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    (tmp_path / "hostile_verifier.py").write_text(HOSTILE_VERIFIER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with RewardWorkers(RewardConfig(num_workers=2, timeout_s=0.5, memory_mb=1024)) as workers:
+        yield workers
+
+
+def task(verifier: str = "hostile_verifier:Hostile") -> Task:
+    return Task(task_id="t", verifier=verifier, messages=[user("?")], answer=None)
+
+
+def test_failures_are_typed_counted_and_survived(workers):
+    assert workers.score(task(), assistant("good")) == Reward(1.0, {"correct": 1.0})
+    for what, kind in (
+        ("hang", "timeout"),
+        ("deaf", "timeout"),
+        ("memory", "memory"),
+        ("crash", "crash"),
+        ("raise", "error"),
+        ("nan", "error"),
+    ):
+        workers.score(task(), assistant("good"))  # so that the start of a process is not part of the limit
+        outcome = workers.score(task(), assistant(what))
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == kind, outcome
+        assert workers.score(task(), assistant("good")).value == 1.0
+    assert workers.failures == {"timeout": 2, "memory": 1, "crash": 1, "error": 2}
+    assert workers.score(task(), assistant("print")).value == 1.0
+
+
+def test_a_verifier_that_fails_its_own_proof_gives_failures_not_zeros(workers):
+    outcome = workers.score(task("hostile_verifier:Wrong"), assistant("good"))
+    assert outcome.kind == "error"
+    assert "gave its gold answer" in outcome.detail
+    assert "no verifier 'nothing'" in workers.score(task("nothing"), assistant("good")).detail
+
+
+def test_scoring_runs_in_the_background_and_close_cancels(workers):
+    workers.score(task(), assistant("good"))
+    start = time.monotonic()
+    futures = [workers.submit(task(), assistant("good")) for _ in range(50)]
+    assert [future.result().value for future in futures] == [1.0] * 50
+    assert time.monotonic() - start < 5
+    workers.submit(task(), assistant("hang"))
+    workers.close()
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_every_verifier_proves_itself(name):
+    if name == "code":
+        from glm45.environments.sandbox import why_unavailable
+
+        if why_unavailable():
+            pytest.skip(why_unavailable())
+    load_verifier(name)
+
+
+def test_a_verifier_without_examples_is_refused():
+    class Silent:
+        def score(self, task, response):
+            return Reward(1.0)
+
+        def examples(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="has no examples"):
+        prove(Silent(), "silent")

@@ -1,5 +1,9 @@
 """Configurations are read strictly, and overrides say what was wrong."""
 
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
 import pytest
 
 from glm45.config import configuration, from_dict, override, to_dict
@@ -49,3 +53,37 @@ def test_a_wrong_override_is_refused_in_one_line(assignment, message):
 def test_unknown_keys_are_refused():
     with pytest.raises(ValueError, match=r"unknown key 'inner\.speed'"):
         from_dict(Outer, {"inner": {"speed": 1}})
+
+
+@configuration
+class Wide:
+    kind: Literal["a", "b"]
+    path: Path | None = None
+    table: dict[str, float] = field(default_factory=dict)
+    pair: tuple[int, str] = (1, "x")
+    flag: bool = False
+    either: Inner | str = "none"
+
+
+def test_every_kind_of_field_is_read():
+    values = {"kind": "b", "path": "/x", "table": {"m": 1}, "pair": [2, "y"], "flag": True, "either": {"lr": 1}}
+    wide = Wide(kind="b", path=Path("/x"), table={"m": 1.0}, pair=(2, "y"), flag=True, either=Inner(lr=1.0))
+    assert from_dict(Wide, values) == wide
+    assert from_dict(Wide, to_dict(wide)) == wide
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "missing kind"),
+        ({"kind": "c"}, "choose one of 'a', 'b'"),
+        ({"kind": "a", "flag": 1}, "flag = 1: expected bool"),
+        ({"kind": "a", "pair": [1]}, "expected 2 values"),
+        ({"kind": "a", "pair": [True, "x"]}, r"pair\.0 = True: expected int"),
+        ({"kind": "a", "table": {"m": "x"}}, r"table\.m = 'x': expected float"),
+        ({"kind": "a", "either": 3}, "either = 3"),
+    ],
+)
+def test_wrong_values_are_refused_with_their_path(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(Wide, values)

@@ -1,14 +1,17 @@
 """Typed configuration: frozen dataclasses, to and from JSON, with dotted overrides from the command line.
 
 Every configuration of the project is decorated with `@configuration`. This module is the only place where one is
-built from untyped data; unknown keys and wrong types are refused there, with the dotted path at fault.
+built from untyped data; unknown keys and wrong types are refused there, with the dotted path at fault. It needs the
+standard library alone, so that the model runs wherever torch does.
 """
 
 import dataclasses
 import difflib
 import json
+import types
 from collections.abc import Sequence
-from typing import Any, TypeVar, dataclass_transform
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -16,9 +19,7 @@ Config = TypeVar("Config")
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configuration(cls: type[Config]) -> type[Config]:
     """Make `cls` a frozen, keyword-only, slotted dataclass that `from_dict` reads strictly."""
-    cls = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-    return cls
+    return dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -29,15 +30,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     """Build `kind` from a dictionary: the inverse of `to_dict`.
 
-    Raises ValueError, in one line, with the dotted path of every unknown key and every value of a wrong type.
+    Raises ValueError, in one line, with the dotted path of the unknown key or of the value of a wrong type.
     """
-    from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
-
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        problems = [_explain(kind, dict(problem)) for problem in error.errors()]
-        raise ValueError(f"{kind.__name__}: " + "; ".join(problems)) from None
+    return _build(kind, values, path="")
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
@@ -80,10 +75,76 @@ def _child(node: Any, name: str, path: str) -> Any:
     return node[name]
 
 
-def _explain(kind: type, problem: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"]) or kind.__name__
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {path!r}"
-    if problem["type"] == "value_error":  # raised by a __post_init__: its message already says everything
-        return str(problem["ctx"]["error"])
-    return f"{path} = {problem['input']!r}: {problem['msg']}"
+def _build(kind: Any, values: Any, path: str) -> Any:
+    """Build a configuration from a dictionary found at `path`."""
+    where = path or kind.__name__
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} = {values!r}: expected the fields of {kind.__name__}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise ValueError(f"unknown key {_join(path, name)!r} of {kind.__name__}; {hint}")
+    needed = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if needed:
+        raise ValueError(f"{where}: missing {', '.join(needed)}")
+    return kind(**{name: _convert(hints[name], value, _join(path, name)) for name, value in values.items()})
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """Return `value` as `kind`, converting only where nothing is lost; `path` is for the error."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, path, kind)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{path} = {value!r}: choose one of {', '.join(map(repr, arguments))}")
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        variadic = origin is list or arguments[-1] is Ellipsis
+        if not variadic and len(value) != len(arguments):
+            raise ValueError(f"{path} = {value!r}: expected {len(arguments)} values")
+        kinds = [arguments[0]] * len(value) if variadic else arguments
+        return origin(_convert(k, v, _join(path, i)) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {_convert(arguments[0], k, path): _convert(arguments[1], v, _join(path, k)) for k, v in value.items()}
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if origin is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    name = kind.__name__ if isinstance(kind, type) and not arguments else str(kind)
+    raise ValueError(f"{path} = {value!r}: expected {name}")
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, path: str, union: Any) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    problems = []
+    for kind in kinds:
+        if kind is type(None):
+            continue
+        try:
+            return _convert(kind, value, path)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError(problems[0] if len(problems) == 1 else f"{path} = {value!r}: expected {union}")

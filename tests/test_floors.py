@@ -22,6 +22,7 @@ FLOORS = [
     "text",
     "model",
     "kernels",
+    "pipeline",
     "seeds",
     "config",
 ]

@@ -1,0 +1,332 @@
+"""A run as a graph of steps: each in a process and a folder of its own, resumable, with its lineage written down.
+
+A step is a function `run(context)` named by its import path. Its folder is `RUN/steps/NAME`; when it returns, a
+record with its configuration, the identity of every input, times and peak memory is put beside its output. A step is
+up to date if its record names today's configuration and today's inputs, so changing or re-running a step makes
+exactly what depends on it stale. An unfinished step keeps its folder and is run again in it: resuming inside a step
+is the step's business.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECORD = "step.json"
+STARTED = "started.json"
+PROGRESS = "progress.json"
+OUTPUT = "output.log"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the graph."""
+
+    name: str
+    """Unique in the run; also the name of its folder."""
+    function: str
+    """Import path of the function that does it, such as `glm45.recipes.steps:build_corpus`."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-ready arguments; a change makes the step stale."""
+    needs: tuple[str, ...] = ()
+    """Names of the steps whose folders it reads."""
+    cores: int = 1
+    """How many cores it keeps busy: steps run side by side while their cores fit the machine."""
+    seconds: float = 60.0
+    """Expected duration on two laptop cores, for the display's time left."""
+
+
+@dataclass
+class Context:
+    """What a step's function gets."""
+
+    folder: Path
+    """Where it writes; not empty if it was interrupted before."""
+    config: dict[str, Any]
+    """Its configuration."""
+    inputs: dict[str, Path]
+    """Folders of the steps that it needs, by name."""
+    run: Path
+    """The run's folder."""
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Tell the display how far the step is (0 to 1) and what it is doing."""
+        _write_json(self.folder / PROGRESS, {"fraction": fraction, "message": message})
+
+
+class StepError(RuntimeError):
+    """A step ended with an error; the message names it and its log."""
+
+
+class Pipeline:
+    """The steps of one run folder."""
+
+    def __init__(self, folder: str | Path, steps: Iterable[Step]) -> None:
+        """Raises ValueError for two steps of one name, an unknown need or a circle."""
+        self.folder = Path(folder)
+        self.steps: dict[str, Step] = {}
+        for step in steps:
+            if step.name in self.steps:
+                raise ValueError(f"two steps are named {step.name!r}")
+            unknown = [name for name in step.needs if name not in self.steps]
+            if unknown:
+                raise ValueError(f"step {step.name!r} needs {unknown[0]!r}, which is not among the steps before it")
+            self.steps[step.name] = step
+
+    def folder_of(self, name: str) -> Path:
+        """Return the folder of a step."""
+        return self.folder / "steps" / name
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Return the record of a finished step, or None."""
+        return _read_json(self.folder_of(name) / RECORD)
+
+    def is_current(self, name: str) -> bool:
+        """Whether a step has finished with today's configuration on today's inputs."""
+        record = self.record(name)
+        return (
+            record is not None
+            and all(self.is_current(need) for need in self.steps[name].needs)
+            and record["identity"] == self._identity(self.steps[name])
+        )
+
+    def pending(self) -> list[str]:
+        """Return the steps that are not up to date, in order."""
+        return [name for name in self.steps if not self.is_current(name)]
+
+    def invalidate(self, name: str) -> None:
+        """Throw a step's output away; what depends on it becomes stale by itself. Raises ValueError if unknown."""
+        self.check_known([name])
+        shutil.rmtree(self.folder_of(name), ignore_errors=True)
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raise ValueError for a name that is no step, listing those that are."""
+        for name in names:
+            if name not in self.steps:
+                raise ValueError(f"no step {name!r}; the steps are {', '.join(self.steps)}")
+
+    def _identity(self, step: Step) -> str:
+        """What a step's output depends on: function, configuration, and the tokens of its inputs' records."""
+        inputs = {name: (self.record(name) or {}).get("token") for name in step.needs}
+        text = json.dumps([step.function, dict(step.config), inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        *,
+        only: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        cores: int | None = None,
+        watch: Callable[["Pipeline", dict[str, float]], None] | None = None,
+    ) -> None:
+        """Bring the run up to date, side by side where cores and needs allow.
+
+        `only` restricts it to these steps (their inputs must be there), `skip` leaves steps and what needs them out.
+        `watch(pipeline, started)` is called a few times a second with the start time of every running step. Raises
+        StepError when a step fails, after the others have been stopped; Ctrl-C stops every step by SIGINT, so that
+        each can save. Raises ValueError if another process is at work in this run's folder.
+        """
+        self.check_known([*only, *skip])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _lock(self.folder / LOCK, f"another command is running in {self.folder}: wait for it or stop it"):
+            self._run(set(only), set(skip), cores or os.cpu_count() or 1, watch)
+
+    def _run(
+        self,
+        only: set[str],
+        skip: set[str],
+        cores: int,
+        watch: Callable[["Pipeline", dict[str, float]], None] | None,
+    ) -> None:
+        todo, free, capacity = self._todo(only, skip), cores, cores
+        running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        try:
+            while todo or running:
+                for name in list(todo):
+                    share = min(self.steps[name].cores, capacity)
+                    if share <= free and all(self.is_current(need) for need in self.steps[name].needs):
+                        running[name] = (self._start(self.steps[name], share), time.time())
+                        todo.remove(name)
+                        free -= share
+                for name, (process, _) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[name]
+                        free += min(self.steps[name].cores, capacity)
+                        if process.returncode:
+                            raise StepError(self._explain_failure(name, process.returncode))
+                if watch is not None:
+                    watch(self, {name: started for name, (_, started) in running.items()})
+                time.sleep(0.1)
+        finally:
+            _stop([process for process, _ in running.values()])
+
+    def _todo(self, only: set[str], skip: set[str]) -> list[str]:
+        left_out = set(skip)
+        for step in self.steps.values():
+            if any(need in left_out for need in step.needs):
+                left_out.add(step.name)
+        todo = [name for name in self.pending() if name not in left_out and (not only or name in only)]
+        for name in todo:
+            for need in self.steps[name].needs:
+                if need not in todo and not self.is_current(need):
+                    raise ValueError(f"step {name!r} needs {need!r}, which has not been run: run it too")
+        return todo
+
+    def _start(self, step: Step, cores: int) -> subprocess.Popen[bytes]:
+        folder = self.folder_of(step.name)
+        identity = self._identity(step)
+        started = _read_json(folder / STARTED)
+        if started is None or started["identity"] != identity or (folder / RECORD).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of other inputs or another configuration
+            folder.mkdir(parents=True)
+        job = {
+            "identity": identity,
+            "function": step.function,
+            "config": dict(step.config),
+            "inputs": {need: str(self.folder_of(need)) for need in step.needs},
+            "tokens": {need: (self.record(need) or {})["token"] for need in step.needs},
+            "run": str(self.folder),
+            "seconds_before": (started or {}).get("seconds_before", 0.0) if (folder / STARTED).exists() else 0.0,
+        }
+        _write_json(folder / STARTED, job)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+        with (folder / OUTPUT).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "glm45.pipeline", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # so that Ctrl-C reaches the steps through us alone, once
+            )
+
+    def _explain_failure(self, name: str, status: int) -> str:
+        log = self.folder_of(name) / OUTPUT
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        cause = lines[-1].strip() if lines else f"exit status {status}"
+        if status < 0:
+            cause = f"it was ended by signal {-status}"
+        return f"step {name!r} failed: {cause} (its log: {log}); mend the cause and run the same command to go on"
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def fraction(self, name: str) -> tuple[float, str]:
+        """Return how far a step is (0 to 1) and what it says it is doing."""
+        if self.is_current(name):
+            return 1.0, ""
+        progress = _read_json(self.folder_of(name) / PROGRESS) or {}
+        return float(progress.get("fraction", 0.0)), str(progress.get("message", ""))
+
+    def lineage(self) -> dict[str, Any]:
+        """Return every finished step's record: what it was made from and what that cost."""
+        records = {name: self.record(name) for name in self.steps}
+        return {name: record for name, record in records.items() if record is not None}
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], patience: float = 60.0) -> None:
+    """Ask processes to save and leave; end those that do not within `patience` seconds."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    deadline = time.time() + patience
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.1, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _write_json(path: Path, values: Any) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(values, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+@contextlib.contextmanager
+def _lock(path: Path, refusal: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock that the system releases when this process ends, however it ends."""
+    deadline = time.time() + patience
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.time() >= deadline:
+                    raise ValueError(refusal) from None
+                time.sleep(0.1)
+        yield
+
+
+def _end_with_parent() -> None:
+    """Ask the system to end this process by SIGTERM when the one that started it is gone, even by SIGKILL."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere the lock below still protects
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def main(folder: Path) -> int:
+    """Run the step whose job lies in `folder`, in this process, and write its record."""
+    _end_with_parent()
+    # A step whose parent was killed may still be saving in this folder: wait for it.
+    with _lock(folder / LOCK, f"another process is at work in {folder}", patience=60):
+        return _work(folder)
+
+
+def _work(folder: Path) -> int:
+    job = json.loads((folder / STARTED).read_text())
+    module, name = job["function"].split(":")
+    inputs = {need: Path(path) for need, path in job["inputs"].items()}
+    context = Context(folder=folder, config=job["config"], inputs=inputs, run=Path(job["run"]))
+    started = time.time()
+    try:
+        getattr(importlib.import_module(module), name)(context)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("GLM45_TRACEBACK"):
+            raise
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    finally:
+        seconds = job["seconds_before"] + time.time() - started
+        _write_json(folder / STARTED, {**job, "seconds_before": seconds})
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    record = {
+        **{key: job[key] for key in ("identity", "function", "config", "tokens")},
+        "token": uuid.uuid4().hex[:16],
+        "finished": time.time(),
+        "wall_seconds": seconds,
+        "cpu_seconds": sum(used.ru_utime + used.ru_stime for used in usage),
+        "peak_memory_bytes": max(used.ru_maxrss for used in usage) * 1024,
+    }
+    _write_json(folder / RECORD, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

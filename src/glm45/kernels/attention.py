@@ -3,8 +3,13 @@
 B batch, T tokens, H query heads, K key/value heads (H a multiple of K), D head size.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from glm45.kernels import native
 
 
 def attention(
@@ -19,6 +24,8 @@ def attention(
     `document_ids` are equal within a document, and documents are contiguous (-1, padding, is a document like any
     other). None means one document a row. Query head `h` reads key/value head `h // (H / K)`.
     """
+    if native.supports(q_BTHD, k_BTKD, v_BTKD) and q_BTHD.shape[-1] % 16 == 0:
+        return _NativeAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
     return _attention_reference(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
 
 
@@ -46,3 +53,40 @@ def _attention_reference(
         enable_gqa=True,
     )
     return o_BHTD.transpose(1, 2)
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BTHD: torch.Tensor,
+        k_BTKD: torch.Tensor,
+        v_BTKD: torch.Tensor,
+        scale: float,
+        document_ids_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        q_BTHD, k_BTKD, v_BTKD = q_BTHD.contiguous(), k_BTKD.contiguous(), v_BTKD.contiguous()
+        if document_ids_BT is not None:
+            document_ids_BT = document_ids_BT.long().contiguous()
+        batch, tokens, num_heads, head_dim = q_BTHD.shape
+        num_kv_heads = k_BTKD.shape[2]
+        o_BTHD = torch.empty_like(q_BTHD)
+        log_sums_BHT = q_BTHD.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+        ctx.sizes = (batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        ctx.scale, ctx.threads = scale, native.threads_for(q_BTHD.numel())
+        native.function("attention_forward", q_BTHD.dtype)(
+            *(q_BTHD, k_BTKD, v_BTKD, document_ids_BT, scale, o_BTHD, log_sums_BHT, *ctx.sizes, ctx.threads)
+        )
+        ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, document_ids_BT, log_sums_BHT)
+        return o_BTHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_BTHD, k_BTKD, v_BTKD, document_ids_BT, log_sums_BHT = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in (q_BTHD, k_BTKD, v_BTKD)]
+        native.function("attention_backward", q_BTHD.dtype)(
+            *(grad_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, document_ids_BT, ctx.scale, log_sums_BHT, *gradients),
+            *(*ctx.sizes, ctx.threads),
+        )
+        return *gradients, None, None

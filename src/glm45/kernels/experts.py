@@ -1,12 +1,17 @@
 """Routed experts: each token goes through its chosen SwiGLU experts, and their outputs are added by weight.
 
-N tokens, K experts a token, E experts, D hidden size, I intermediate size of one expert.
+N tokens, K experts a token, E experts, D hidden size, I intermediate size of one expert. A pair is one (token,
+choice); R = N * K rows are the pairs sorted by expert, so that each expert's rows are one slice.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from glm45.kernels.swiglu import swiglu
+from glm45.kernels import native
+from glm45.kernels.swiglu import native_swiglu, native_swiglu_backward, swiglu
 
 
 def routed_experts(
@@ -21,6 +26,9 @@ def routed_experts(
     Products are in x's dtype whatever the weights'; the sum over a token's experts is in fp32. Differentiable in x,
     both weight tensors and the routing weights.
     """
+    sizes_fit = x_ND.shape[-1] % 16 == 0 and down_EDI.shape[-1] % 16 == 0
+    if sizes_fit and native.supports(x_ND) and native.supports(weights_NK) and weights_NK.dtype == torch.float32:
+        return _NativeExperts.apply(x_ND, gate_up_E2ID, down_EDI, expert_ids_NK, weights_NK)
     return _routed_experts_reference(x_ND, gate_up_E2ID, down_EDI, expert_ids_NK, weights_NK)
 
 
@@ -38,3 +46,112 @@ def _routed_experts_reference(
         output = F.linear(swiglu(gate_up), down_EDI[expert].to(x_ND.dtype))
         out_ND = out_ND.index_add(0, tokens, output * weights_NK[tokens, choices, None])
     return out_ND.to(x_ND.dtype)
+
+
+class _Routing:
+    """The order of pairs sorted by expert, made once in the forward pass."""
+
+    def __init__(self, expert_ids_NK: torch.Tensor, num_experts: int):
+        ids = expert_ids_NK.long().contiguous()
+        self.num_tokens, self.num_choices = ids.shape
+        self.offsets = ids.new_empty(num_experts + 1)
+        self.pair_of_row = ids.new_empty(ids.numel())
+        self.row_of_pair = ids.new_empty(ids.numel())
+        native.function("route_sort")(ids, ids.numel(), num_experts, self.offsets, self.pair_of_row, self.row_of_pair)
+        bounds = self.offsets.tolist()
+        if bounds[-1] != ids.numel():
+            raise IndexError(f"expert ids must lie in 0..{num_experts - 1}, got {ids.min()}..{ids.max()}")
+        self.slices = [(e, slice(bounds[e], bounds[e + 1])) for e in range(num_experts) if bounds[e] < bounds[e + 1]]
+
+    def gather(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """Return every pair's token, sorted by expert, `[R, D]`."""
+        x_ND = x_ND.contiguous()
+        out_RD = x_ND.new_empty(self.pair_of_row.numel(), x_ND.shape[-1])
+        native.function("route_gather")(
+            *(x_ND, None, self.pair_of_row, out_RD, None, out_RD.shape[0], self.num_choices),
+            *(x_ND.shape[-1] * x_ND.element_size(), native.threads_for(out_RD.numel())),
+        )
+        return out_RD
+
+    def combine(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """Return the sum of every token's rows, `[N, D]`."""
+        out_ND = rows_RD.new_empty(self.num_tokens, rows_RD.shape[-1])
+        native.function("route_combine", rows_RD.dtype)(
+            *(rows_RD, self.row_of_pair, None, out_ND, *out_ND.shape[:1], self.num_choices, out_ND.shape[1]),
+            native.threads_for(rows_RD.numel()),
+        )
+        return out_ND
+
+
+class _NativeExperts(torch.autograd.Function):
+    """The routing weight multiplies the activation before the down projection, where rows are narrowest.
+
+    Kept for the backward pass: x, the gate and up products, the routing, and the weights in the products' dtype. The
+    gathered rows and the activations are made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        gate_up_E2ID: torch.Tensor,
+        down_EDI: torch.Tensor,
+        expert_ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        num_experts, size, intermediate = down_EDI.shape
+        ctx.weight_dtype = gate_up_E2ID.dtype
+        gate_up_EDJ = gate_up_E2ID.to(x_ND.dtype).view(num_experts, 2 * intermediate, size).mT
+        down_EID = down_EDI.to(x_ND.dtype).mT
+        ctx.routing = routing = _Routing(expert_ids_NK, num_experts)
+        row_weights_R = weights_NK.flatten()[routing.pair_of_row]
+        x_RD = routing.gather(x_ND)
+        num_rows = x_RD.shape[0]
+        gate_up_R2I = x_ND.new_empty(num_rows, 2 * intermediate)
+        for expert, rows in routing.slices:
+            torch.mm(x_RD[rows], gate_up_EDJ[expert], out=gate_up_R2I[rows])
+        hidden_RI = x_ND.new_empty(num_rows, intermediate)
+        native_swiglu(gate_up_R2I, row_weights_R, hidden_RI)
+        for expert, rows in routing.slices:
+            torch.mm(hidden_RI[rows], down_EID[expert], out=x_RD[rows])
+        ctx.save_for_backward(x_ND, gate_up_EDJ, down_EID, row_weights_R, gate_up_R2I)
+        return routing.combine(x_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_ND, gate_up_EDJ, down_EID, row_weights_R, gate_up_R2I = ctx.saved_tensors
+        routing = ctx.routing
+        grad_RD = routing.gather(grad_ND)
+        grad_hidden_RI = gate_up_R2I.new_empty(gate_up_R2I.shape[0], down_EID.shape[1])
+        for expert, rows in routing.slices:
+            torch.mm(grad_RD[rows], down_EID[expert].mT, out=grad_hidden_RI[rows])
+        hidden_RI, grad_weights_R = torch.empty_like(grad_hidden_RI), torch.empty_like(row_weights_R)
+        grad_gate_up_R2I = torch.empty_like(gate_up_R2I)
+        native_swiglu_backward(
+            *(grad_hidden_RI, gate_up_R2I, row_weights_R, grad_gate_up_R2I, hidden_RI, grad_weights_R)
+        )
+        grad_down_EDI = _products_by_expert(routing, grad_RD, hidden_RI, ctx.weight_dtype)
+        for expert, rows in routing.slices:  # x's gradient takes the place of the output's, which is spent
+            torch.mm(grad_gate_up_R2I[rows], gate_up_EDJ[expert].mT, out=grad_RD[rows])
+        grad_x_ND = routing.combine(grad_RD)
+        grad_gate_up = _products_by_expert(routing, grad_gate_up_R2I, routing.gather(x_ND), ctx.weight_dtype)
+        num_experts, size, intermediate = grad_down_EDI.shape
+        grad_weights_NK = grad_weights_R[routing.row_of_pair].view(routing.num_tokens, routing.num_choices)
+        return grad_x_ND, grad_gate_up.view(num_experts, 2, intermediate, size), grad_down_EDI, None, grad_weights_NK
+
+
+def _products_by_expert(
+    routing: _Routing, left_RA: torch.Tensor, right_RB: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return `[E, A, B]`: for every expert, the product over its rows; zeros for one without rows."""
+    num_experts = routing.offsets.numel() - 1
+    shape = (num_experts, left_RA.shape[1], right_RB.shape[1])
+    full = len(routing.slices) == num_experts
+    out_EAB = left_RA.new_empty(shape, dtype=dtype) if full else left_RA.new_zeros(shape, dtype=dtype)
+    for expert, rows in routing.slices:
+        if dtype == left_RA.dtype:
+            torch.mm(left_RA[rows].T, right_RB[rows], out=out_EAB[expert])
+        else:
+            out_EAB[expert] = left_RA[rows].T @ right_RB[rows]
+    return out_EAB

@@ -1,16 +1,40 @@
 """Matrix product with a master weight: computed in the activation's dtype, with the gradient in the weight's.
 
-O outputs, I inputs.
+N rows, O outputs, I inputs.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
-def linear(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x @ weight.T + bias` in x's dtype; the weight may be of another dtype, such as an fp32 master copy."""
-    return _linear_reference(x_I, weight_OI, bias_O)
+def linear(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `x @ weight.T + bias` in x's dtype; the weight may be of another dtype, such as an fp32 master copy.
+
+    Where the dtypes differ, the cast weight is kept for the backward pass instead of being cast again.
+    """
+    if x_NI.dtype == weight_OI.dtype:
+        return F.linear(x_NI, weight_OI, bias_O)
+    return _MasterLinear.apply(x_NI, weight_OI, bias_O)
 
 
-def _linear_reference(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x_I, weight_OI.to(x_I.dtype), None if bias_O is None else bias_O.to(x_I.dtype))
+class _MasterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        cast_OI = weight_OI.to(x_NI.dtype)
+        ctx.save_for_backward(x_NI, cast_OI)
+        ctx.weight_dtype = weight_OI.dtype
+        return F.linear(x_NI, cast_OI, None if bias_O is None else bias_O.to(x_NI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NI, cast_OI = ctx.saved_tensors
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x_NI.reshape(-1, x_NI.shape[-1])
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = (grad_NO @ cast_OI).view(*grad.shape[:-1], -1) if need_x else None
+        grad_weight = (grad_NO.T @ x_NI).to(ctx.weight_dtype) if need_weight else None
+        grad_bias = grad_NO.sum(0, dtype=ctx.weight_dtype) if need_bias else None
+        return grad_x, grad_weight, grad_bias

@@ -1,0 +1,95 @@
+// What every native kernel shares: sixteen-lane vectors, bfloat16, exponentials, a parallel loop.
+//
+// Vectors are GCC's generic ones: they compile on any processor and map to one register under AVX-512. Sums are in
+// fp32 whatever the storage type. Nothing here depends on torch: the interface is plain C over raw pointers.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+constexpr int64_t LANES = 16;
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef float loose_floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline floats broadcast(float value) { return floats{} + value; }
+
+inline floats load(const float* p) { return *reinterpret_cast<const loose_floats*>(p); }
+inline void store(float* p, floats v) { *reinterpret_cast<loose_floats*>(p) = v; }
+
+inline floats load(const bfloat16* p) {
+    halves bits = *reinterpret_cast<const loose_halves*>(p);
+    return (floats)(__builtin_convertvector(bits, words) << 16);
+}
+
+inline void store(bfloat16* p, floats v) {
+    words bits = (words)v;
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    words quiet = (bits >> 16) | 0x40;                           // a NaN must not round to infinity
+    words chosen = (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+    *reinterpret_cast<loose_halves*>(p) = __builtin_convertvector(chosen, halves);
+}
+
+inline float sum(floats v) {
+    float total[LANES];
+    std::memcpy(total, &v, sizeof v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) total[lane] += total[lane + width];
+    return total[0];
+}
+
+inline floats maximum(floats a, floats b) { return a > b ? a : b; }
+
+inline float maximum(floats v) {
+    float best = v[0];
+    for (int lane = 1; lane < LANES; ++lane) best = std::max(best, v[lane]);
+    return best;
+}
+
+// exp to about one unit in the last place; arguments are held within the range of normal results.
+inline floats exponential(floats x) {
+    const floats lowest = broadcast(-87.0f), highest = broadcast(88.0f);
+    floats held = x < lowest ? lowest : x;
+    held = held > highest ? highest : held;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    floats shifted = held * 1.44269504f + magic;
+    floats n = shifted - magic;
+    floats r = held - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    floats p = broadcast(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return (floats)((ints)p + ((ints)shifted << 23));
+}
+
+inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Calls body(begin, end, thread) over [0, count), split evenly over threads; plain call for one thread.
+template <class Body>
+inline void parallel(int64_t count, int64_t threads, const Body& body) {
+    threads = std::max<int64_t>(1, std::min(threads, count));
+    if (threads == 1) {
+        body(int64_t{0}, count, int64_t{0});
+        return;
+    }
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t thread = 0; thread < threads; ++thread)
+        body(count * thread / threads, count * (thread + 1) / threads, thread);
+}

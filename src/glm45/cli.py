@@ -86,8 +86,69 @@ def _inspect(options: argparse.Namespace) -> None:
         print(summary(options.model, config, options.length))
 
 
+def define_data(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `glm45 data`."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="build a corpus from a recipe")
+    build.add_argument("recipe", help="name of a recipe (demo, debian, full) or a JSON file")
+    build.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="dotted overrides of the recipe")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus; an unfinished one goes on")
+    build.add_argument("--workers", type=int, metavar="N", help="tasks at once (default: all cores)")
+    build.set_defaults(run=_data_build)
+    report = actions.add_parser("report", help="write DIR/report.html on a built corpus")
+    report.add_argument("folder", metavar="DIR")
+    report.set_defaults(run=_data_report)
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from glm45.config import override
+    from glm45.corpus.build import build
+    from glm45.corpus.recipe import load
+
+    workers = options.workers or os.cpu_count() or 1
+    build(override(load(options.recipe), [f"executor.workers={workers}", *options.overrides]), Path(options.out))
+
+
+def _data_report(options: argparse.Namespace) -> None:
+    from glm45.corpus.report import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+def define_chat(parser: argparse.ArgumentParser) -> None:
+    """`glm45 chat render|parse`: messages to the model's text or ids, and the model's text to a message, as JSON."""
+    parser.add_argument("target", help="'render' (messages to text) or 'parse' (text on standard input to a message)")
+    parser.add_argument("--messages", metavar="FILE", help="JSON: a list of messages, or an object with 'messages'")
+    parser.add_argument("--tools", metavar="FILE", help="JSON: a list of tools in OpenAI's form")
+    parser.add_argument("--no-think", action="store_true", help="ask for an answer without reasoning")
+    parser.add_argument("--dialect", default="glm-4.5", help="glm-4.5 (default) or glm-4.7")
+    parser.add_argument("--ids", action="store_true", help="also print token ids and loss mask (needs --tokenizer)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json or a folder that holds one")
+    parser.add_argument("--reasoning-open", action="store_true", help="parse: the prompt ended in <think>")
+    parser.set_defaults(run=_chat)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from glm45.text import debug
+
+    tools = debug.read_json(options.tools) if options.tools else None
+    if options.target == "parse":
+        result = debug.parsed(sys.stdin.read(), tools, options.reasoning_open)
+    elif options.target == "render":
+        if not options.messages or (options.ids and not options.tokenizer):
+            raise ValueError("chat render needs --messages FILE, and with --ids also --tokenizer PATH")
+        thinking = False if options.no_think else None
+        tokenizer = options.tokenizer if options.ids else None
+        result = debug.rendered(debug.read_json(options.messages), tools, thinking, options.dialect, tokenizer)
+    else:
+        raise ValueError(f"chat {options.target!r}: neither 'render' nor 'parse'")
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "data": (define_data, "build a corpus and report on it"),
     "inspect": (define_inspect, "show a model's parameters, operations and cache size"),
+    "chat": (define_chat, "render messages, or parse what a model wrote, to debug templates"),
 }
 
 

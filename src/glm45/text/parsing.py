@@ -1,0 +1,182 @@
+"""Reads what a GLM-4.5 model writes: reasoning, content and tool calls, from text or token ids, in any chunks.
+
+One state machine (`glm45.text.machine`) serves all: `parse` is a stream of one chunk. It accepts GLM-4.5's calls,
+with newlines, and GLM-4.7's, without. Nothing is lost: what fits nowhere (stray tags, text between arguments, a name
+cut short) becomes content, as written, and a problem of the status. Only white space that the format itself puts
+between parts is dropped: newlines beside tags, and blank text beside a call.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from glm45.text.machine import AnswerMachine, Delta
+from glm45.text.special_tokens import (
+    ARG_KEY,
+    ARG_KEY_END,
+    ARG_VALUE,
+    ARG_VALUE_END,
+    ASSISTANT,
+    EOS_TOKENS,
+    SYSTEM,
+    THINK,
+    THINK_END,
+    TOOL_CALL,
+    TOOL_CALL_END,
+    TOOL_RESPONSE,
+    TOOL_RESPONSE_END,
+)
+from glm45.text.status import FormatStatus
+from glm45.text.tokenizer import Tokenizer
+
+GRAMMAR_TAGS = (THINK, THINK_END, TOOL_CALL, TOOL_CALL_END, ARG_KEY, ARG_KEY_END, ARG_VALUE, ARG_VALUE_END)
+PROMPT_TAGS = (SYSTEM, ASSISTANT, TOOL_RESPONSE, TOOL_RESPONSE_END)
+"""Tags that only prompts hold: stray wherever a model writes them."""
+TAGS = (*GRAMMAR_TAGS, *PROMPT_TAGS, *EOS_TOKENS)
+TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
+TAG_STARTS = frozenset(tag[:length] for tag in TAGS for length in range(1, len(tag)))
+LONGEST_START = max(map(len, TAG_STARTS))
+
+
+class Parsed(NamedTuple):
+    """An OpenAI assistant message and the status on its format."""
+
+    message: dict[str, Any]
+    status: FormatStatus
+
+
+def parse(
+    text: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    reasoning_open: bool = False,
+    call_id_prefix: str = "call_",
+) -> Parsed:
+    """Return the assistant message that `text` spells and what is wrong with it; never raises for any text.
+
+    `tools` (OpenAI's form or flat) give the types of arguments and the known names. `reasoning_open` says that the
+    prompt ended in `<think>`. A call that was cut short keeps the arguments written so far, as JSON that does not
+    close; `status.complete_calls` names the calls that are whole.
+    """
+    parser = StreamParser(tools, reasoning_open, call_id_prefix)
+    deltas = parser.feed(text)
+    return Parsed(join_deltas(deltas + parser.finish()), parser.status)
+
+
+def parse_ids(
+    ids: Sequence[int],
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    reasoning_open: bool = False,
+    call_id_prefix: str = "call_",
+) -> Parsed:
+    """Return `parse` of token ids, where only special tokens are tags: text that spells a tag stays text."""
+    parser = StreamParser(tools, reasoning_open, call_id_prefix, tokenizer)
+    deltas = parser.feed_ids(ids)
+    return Parsed(join_deltas(deltas + parser.finish()), parser.status)
+
+
+def join_deltas(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """Return the assistant message that a stream of deltas adds up to."""
+    prose: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+    calls: list[dict[str, Any]] = []
+    arguments: list[list[str]] = []
+    for delta in deltas:
+        for kind, value in delta.items():
+            if kind != "tool_calls":
+                prose[kind].append(value)
+                continue
+            for call in value:
+                if "id" in call:
+                    calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+                    arguments.append([])
+                arguments[call["index"]].append(call["function"]["arguments"])
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(prose["content"]) or None}
+    if prose["reasoning_content"]:
+        message["reasoning_content"] = "".join(prose["reasoning_content"])
+    for call, parts in zip(calls, arguments, strict=True):
+        call["function"]["arguments"] = "".join(parts)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+class StreamParser:
+    """The parser of a stream: feed it text, or ids with a tokenizer, in any pieces, then finish.
+
+    `feed` returns OpenAI deltas: a call's name once and whole, its arguments as fragments of one JSON text. Joined
+    (`join_deltas`), they are the same for every way of cutting the stream. `status` is complete after `finish`.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_open: bool = False,
+        call_id_prefix: str = "call_",
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self._machine = AnswerMachine(tools, reasoning_open, call_id_prefix)
+        self._held = ""  # the end of the text so far, where it may be the start of a tag
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream_decoder() if tokenizer else None
+
+    def feed(self, text: str) -> list[Delta]:
+        """Take a piece of text and return what it completes. What may be the start of a tag waits for the next."""
+        machine = self._machine
+        text = self._held + text
+        self._held = ""
+        at = 0
+        while at < len(text):
+            if machine.in_value:
+                start = text.find(ARG_VALUE_END, at)
+                end = start + len(ARG_VALUE_END)
+            else:
+                match = TAG_PATTERN.search(text, at)
+                start, end = match.span() if match else (-1, -1)
+            if start < 0:
+                start = self._start_of_tag(text, at)
+                machine.take_text(text[at:start])
+                self._held = text[start:]
+                break
+            machine.take_text(text[at:start])
+            machine.take_tag(text[start:end])
+            at = end
+        return machine.drain()
+
+    def feed_ids(self, ids: Sequence[int]) -> list[Delta]:
+        """Take token ids and return what they complete; the bytes of a character cut in two wait for the next."""
+        assert self._tokenizer, "only StreamParser(tokenizer=...) reads ids"
+        assert self._decoder
+        machine, special = self._machine, self._tokenizer.special_tokens
+        plain: list[int] = []
+        for index in ids:
+            tag = special.get(index)
+            ends_text = tag in (ARG_VALUE_END, *EOS_TOKENS) if machine.in_value else tag in TAGS
+            if tag is None or not ends_text:
+                plain.append(index)
+                continue
+            machine.take_text(self._decoder.feed(plain) + self._decoder.finish())
+            machine.take_tag(tag)
+            plain = []
+        machine.take_text(self._decoder.feed(plain))
+        return machine.drain()
+
+    def finish(self) -> list[Delta]:
+        """End the stream: return what was held back, and report what is still open."""
+        self._machine.take_text(self._held + (self._decoder.finish() if self._decoder else ""))
+        self._held = ""
+        self._machine.finish()
+        return self._machine.drain()
+
+    @property
+    def status(self) -> FormatStatus:
+        """What was wrong with the format, so far."""
+        return self._machine.status
+
+    def _start_of_tag(self, text: str, at: int) -> int:
+        """Return where the end of `text` may be the start of a tag, or its length."""
+        start = text.rfind("<", max(at, len(text) - LONGEST_START))
+        if start < 0:
+            return len(text)
+        tail = text[start:]
+        possible = ARG_VALUE_END.startswith(tail) if self._machine.in_value else tail in TAG_STARTS
+        return start if possible else len(text)

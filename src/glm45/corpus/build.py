@@ -1,0 +1,143 @@
+"""A corpus from its recipe: run the chain, tokenize, and write the manifest that describes what came of it."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from glm45 import __version__
+from glm45.config import to_dict
+from glm45.corpus.document import merge_drops, merge_tallies
+from glm45.corpus.downloads import describe_downloads, fetch_debian, fetch_sdists, sdist_archives
+from glm45.corpus.pipeline import CorpusChain, corpus_chain
+from glm45.corpus.read import load_plan
+from glm45.corpus.recipe import CorpusRecipe as CorpusRecipe
+
+MIN_FREE_BYTES = 1_000_000_000
+LIBRARIES = ("datatrove", "fasttext-community", "py3langid", "resiliparse", "scikit-learn", "xxhash", "tokenizers")
+
+
+def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print) -> Path:
+    """Build the corpus into `out` and return the path of its manifest; go on where an earlier build stopped.
+
+    `out` then holds `manifest.json`, `tokenizer/`, `shards/` and, for the next build, `work/`. The manifest is written
+    last: a folder without one is unfinished.
+
+    Raises ValueError for a recipe that gives nothing, OSError without disk space, network or tools.
+    """
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    downloads = Path(recipe.downloads).expanduser() if recipe.downloads else work / "downloads"
+    with _lock(work / "lock"):
+        started = time.monotonic()
+        corpus = corpus_chain(recipe, work, downloads)
+        key = f"{corpus.chain.key}-{recipe.vocab_size}-{recipe.tokenizer}"
+        manifest_path = out / "manifest.json"
+        if _built_key(manifest_path) == key:
+            report(f"{out} is built already")
+            return manifest_path
+        _check_space(out)
+        manifest_path.unlink(missing_ok=True)
+        fetched = fetch(recipe, downloads, report)
+        corpus.chain.run(recipe.executor, report)
+        entries = _tokenize(recipe, out, corpus.folders["finish"] / "documents", report)
+        described = describe(recipe, corpus, fetched)
+        seconds = round(time.monotonic() - started, 1)
+        _write_manifest(manifest_path, {"key": key, "seconds": seconds} | described | entries)
+        report(f"built {out} in {seconds} s")
+    return manifest_path
+
+
+def fetch(recipe: CorpusRecipe, downloads: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Download what the sources need and return versions and hashes for the manifest."""
+    fetched: dict[str, Any] = {}
+    for source in recipe.sources:
+        if source.reader == "sdists":
+            archives = [a for each in sdist_archives(source.path, source.packages, downloads).values() for a in each]
+            report(f"{source.name}: {len(archives)} source distributions")
+            fetch_sdists(archives, downloads)
+            fetched[source.name] = describe_downloads(archives)
+        elif source.reader == "debian":
+            report(f"{source.name}: {len(source.packages)} Debian packages")
+            fetched[source.name] = fetch_debian(source.packages, downloads)
+    return fetched
+
+
+def describe(recipe: CorpusRecipe, corpus: CorpusChain, fetched: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest's account: recipe, versions, units, and what went in and out of every step and why."""
+    plan = next(iter(corpus.chain.work.glob(f"plan-{corpus.chain.root_key}.json")))
+    units = [unit for task in load_plan(plan) for unit in task]
+    steps = []
+    for name, folder in corpus.folders.items():
+        drops = merge_drops(folder / "skipped") | merge_drops(folder / "drops")
+        steps.append(
+            {"step": name, "in": merge_tallies(folder / "in"), "out": merge_tallies(folder / "out"), "dropped": drops}
+        )
+    return {
+        "glm45": __version__,
+        "recipe": to_dict(recipe),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "downloads": fetched,
+        "units": [
+            {"source": unit.source, "package": unit.package, "version": unit.version, "license": unit.license}
+            for unit in sorted(units, key=lambda unit: (unit.source, unit.package))
+        ],
+        "steps": steps,
+    }
+
+
+def _tokenize(recipe: CorpusRecipe, out: Path, documents: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Tokenize into a folder beside the final one and move the result into place."""
+    from glm45.corpus.tokenize import tokenize_folder
+
+    staging = out / "tokens.part"
+    shutil.rmtree(staging, ignore_errors=True)
+    started = time.monotonic()
+    tokenizer = Path(recipe.tokenizer).expanduser() if recipe.tokenizer else None
+    workers = recipe.executor.workers
+    entries = tokenize_folder(documents, staging, vocab_size=recipe.vocab_size, workers=workers, tokenizer=tokenizer)
+    for name in ("tokenizer", "shards"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        (staging / name).rename(out / name)
+    shutil.rmtree(staging)
+    report(f"tokenize: {time.monotonic() - started:.1f} s")
+    return entries
+
+
+def _built_key(manifest: Path) -> str | None:
+    try:
+        return json.loads(manifest.read_text())["key"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".part")
+    with temporary.open("w") as stream:
+        json.dump(manifest, stream, indent=1, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _check_space(out: Path) -> None:
+    free = shutil.disk_usage(out).free
+    if free < MIN_FREE_BYTES:
+        raise OSError(f"{out}: {free / 1e6:.0f} MB free, a build needs at least {MIN_FREE_BYTES / 1e6:.0f} MB")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the folder: two builds at once would each trust what the other has half written."""
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"{path.parent.parent} is being built by another process") from None
+        yield

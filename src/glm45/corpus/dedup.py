@@ -1,0 +1,151 @@
+"""Exact and near duplicates with datatrove: content hashes, then MinHash.
+
+Both run in datatrove's three parts: signatures beside the documents (a task each), a merge that finds pairs, and a
+filter. Only the signature is ours, because datatrove's hashes word n-grams one by one in Python.
+Shapes: W words, S shingles, H hashes.
+"""
+
+import hashlib
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from datatrove.data import Document
+from datatrove.pipeline.dedup import (
+    ExactDedupFilter,
+    ExactDedupSignature,
+    ExactFindDedups,
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.utils.typeshelper import Languages
+
+from glm45.config import configuration
+from glm45.corpus.document import WORDS, DropLog
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\d+")
+MAX_CACHED_WORDS = 500_000
+
+
+@configuration
+class MinHash:
+    """Near duplicates by shared word n-grams. The report names MinHash and gives no numbers."""
+
+    words_per_shingle: int = 5
+    """Length of the n-grams compared. Not in the report."""
+    num_buckets: int = 14
+    """Bands of the locality-sensitive hash. Not in the report."""
+    hashes_per_bucket: int = 8
+    """Hashes that must all agree in a band; with 14 bands, pairs from a Jaccard similarity of 0.72 on are likely
+    found (92 % at 0.8). Not in the report."""
+    seed: int = 1
+    """Seed of the hash family. Not in the report."""
+
+    def to_datatrove(self) -> MinhashConfig:
+        """The same as datatrove's configuration."""
+        return MinhashConfig(
+            n_grams=self.words_per_shingle,
+            num_buckets=self.num_buckets,
+            hashes_per_bucket=self.hashes_per_bucket,
+            seed=self.seed,
+        )
+
+
+def normalised_text(document: Document) -> bytes:
+    """Return what two documents must share to be exact duplicates: their text up to white space."""
+    return hashlib.blake2b(" ".join(document.text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def newest_first(document: Document) -> int:
+    """Return the priority of a document among exact duplicates: prose before code that embeds it, else equal."""
+    return 2 if document.metadata["kind"] == "prose" else 1
+
+
+EXACT = ExactDedupConfig(content_getter=normalised_text, document_priority=newest_first)
+
+
+def exact_signature(folder: Path) -> ExactDedupSignature:
+    """Write content hashes of a task's documents; ends a pipeline."""
+    return ExactDedupSignature(str(folder), EXACT)
+
+
+def exact_find(signatures: Path, duplicates: Path) -> ExactFindDedups:
+    """Find documents with equal content hashes; one task."""
+    return ExactFindDedups(str(signatures), str(duplicates), EXACT)
+
+
+def exact_filter(duplicates: Path, drops: Path) -> ExactDedupFilter:
+    """Remove all but one of every group of exact duplicates."""
+    return ExactDedupFilter(str(duplicates), EXACT, DropLog(drops, "exact duplicate"))
+
+
+def minhash_signature(folder: Path, config: MinHash) -> "FastMinhashSignature":
+    """Write MinHash signatures of a task's documents; ends a pipeline."""
+    return FastMinhashSignature(str(folder), config.to_datatrove(), language=WORDS)
+
+
+def minhash_buckets(signatures: Path, pairs: Path, config: MinHash) -> MinhashDedupBuckets:
+    """Find documents whose signatures agree in a band; as many tasks as bands."""
+    return MinhashDedupBuckets(str(signatures), str(pairs), config=config.to_datatrove(), lines_to_buffer=1000)
+
+
+def minhash_cluster(pairs: Path, remove: Path, config: MinHash) -> MinhashDedupCluster:
+    """Join pairs to clusters and list all documents but one of each for removal; one task."""
+    return MinhashDedupCluster(str(pairs), str(remove), config=config.to_datatrove(), lines_to_buffer=1000)
+
+
+def minhash_filter(remove: Path, drops: Path) -> MinhashDedupFilter:
+    """Remove the listed near duplicates."""
+    return MinhashDedupFilter(str(remove), DropLog(drops, "near duplicate (MinHash)"))
+
+
+class FastMinhashSignature(MinhashDedupSignature):
+    """datatrove's MinHash signature, several times faster: words are hashed once and n-grams combined in numpy.
+
+    The files it writes are datatrove's, so the steps after it are datatrove's own.
+    """
+
+    def __init__(self, output_folder: str, config: MinhashConfig, language: str | object = Languages.english) -> None:
+        super().__init__(output_folder, config, language)
+        self._cache: dict[str, int] = {}
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """Return the distinct hashed n-grams of a text, uint64 [S]."""
+        if not text.isascii():
+            text = unicodedata.normalize("NFKD", text)
+        words_W = self._word_hashes(_TOKEN.findall(text.lower()))
+        num_shingles = len(words_W) - self.config.n_grams + 1
+        if num_shingles < 1:
+            return np.empty(0, dtype=np.uint64)
+        shingles_S = words_W[:num_shingles].copy()
+        for offset in range(1, self.config.n_grams):
+            shingles_S *= _MULTIPLIER
+            shingles_S += words_W[offset : offset + num_shingles]
+        shingles_S ^= shingles_S >> np.uint64(29)
+        return np.unique(shingles_S * _MULTIPLIER)
+
+    def _word_hashes(self, words: list[str]) -> np.ndarray:
+        if len(self._cache) > MAX_CACHED_WORDS:
+            self._cache.clear()
+        cache = self._cache
+        for word in set(words) - cache.keys():
+            cache[word] = xxhash.xxh64_intdigest(b"0" if word.isdigit() else word.encode())
+        return np.fromiter((cache[word] for word in words), dtype=np.uint64, count=len(words))
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """Return the least hash of the shingles under every permutation, `num_buckets` lists of integers."""
+        multipliers_H, offsets_H = (parameter.ravel() for parameter in self.parameters)
+        buffer_S = np.empty_like(shingles)
+        least_H = np.empty(self.num_hashes, dtype=np.uint64)
+        for index in range(self.num_hashes):
+            np.multiply(shingles, multipliers_H[index] | np.uint64(1), out=buffer_S)
+            buffer_S += offsets_H[index]
+            least_H[index] = buffer_S.min()
+        return [bucket.tolist() for bucket in np.split(least_H, self.config.num_buckets)]

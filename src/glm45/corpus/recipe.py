@@ -1,0 +1,83 @@
+"""What a corpus is made of: the recipe, and the recipes with a name."""
+
+import json
+from collections.abc import Callable
+from dataclasses import field
+from pathlib import Path
+
+from glm45.config import configuration, from_dict
+from glm45.corpus.dedup import MinHash
+from glm45.corpus.rules import Rules
+from glm45.corpus.sources import Source
+from glm45.corpus.steps import Executor
+
+
+@configuration
+class CorpusRecipe:
+    """Everything that decides what a corpus holds. The report describes the steps and gives almost no numbers."""
+
+    sources: tuple[Source, ...]
+    """Where documents come from."""
+    rules: Rules = field(default_factory=Rules)
+    """Rule filters."""
+    minhash: MinHash = field(default_factory=MinHash)
+    """Near-duplicate removal."""
+    held_out_fraction: float = 0.01
+    """Share of documents that is kept for evaluation as `<source>.heldout`. Not in the report."""
+    vocab_size: int = 8192
+    """Size of the tokenizer that is trained on the corpus where none is given. Not in the report."""
+    tokenizer: str = ""
+    """Folder of a tokenizer to use instead of training one."""
+    num_tasks: int = 8
+    """Pieces into which every step's work is cut. Not in the report."""
+    executor: Executor = field(default_factory=Executor)
+    """Where the steps run."""
+    downloads: str = ""
+    """Folder where fetched packages are kept; empty is `work/downloads` in the corpus's own folder."""
+    seed: int = 0
+    """Root seed of everything random in the build."""
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise ValueError("a corpus needs at least one source")
+        if len(set(names)) < len(names):
+            raise ValueError(f"source names {names}: they must differ")
+        if self.num_tasks < 1:
+            raise ValueError(f"num_tasks = {self.num_tasks}: need at least one")
+
+
+def demo() -> CorpusRecipe:
+    """The portable default: the standard library, installed packages and pinned source distributions."""
+    return CorpusRecipe(
+        sources=(
+            Source(name="stdlib", reader="stdlib", include=("*.py",), exclude=TESTS, license="PSF-2.0"),
+            Source(name="packages", reader="sdists", packages=DEMO_PACKAGES, exclude=TESTS),
+            Source(
+                name="docstrings",
+                reader="installed",
+                packages=("numpy", "scipy", "scikit-learn"),
+                include=("*.py",),
+                exclude=TESTS,
+                docstrings_only=True,
+            ),
+        )
+    )
+
+
+TESTS = ("*test/*", "*tests/*", "*testing/*", "*.min.js", "*/locale/*", "*idlelib/*", "*/vendor/*", "*/_vendor/*")
+DEMO_PACKAGES = (
+    *("attrs", "click", "django", "docutils", "flask", "networkx", "pyramid", "pytest", "scrapy", "sphinx"),
+    *("sqlalchemy", "werkzeug"),
+)
+
+RECIPES: dict[str, Callable[[], CorpusRecipe]] = {"demo": demo}
+
+
+def load(name: str) -> CorpusRecipe:
+    """Return the recipe of that name, or the one in a JSON file. Raises ValueError if it is neither."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        return from_dict(CorpusRecipe, json.loads(Path(name).read_text()))
+    raise ValueError(f"no corpus recipe {name!r}: there are {', '.join(RECIPES)}, or give a JSON file")

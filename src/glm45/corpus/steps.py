@@ -1,0 +1,144 @@
+"""How steps run: a chain of datatrove executors whose folders are named by what they do and everything before them.
+
+A step's key is a hash of its name, its settings and the key of the step before it. Its folder bears the key, so a
+step whose inputs and settings are unchanged is found finished and not run again, and one whose settings changed
+starts in a fresh folder. Inside a folder datatrove marks finished tasks; an unfinished task starts over and
+overwrites what it had written.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import PipelineStats
+from loguru import logger
+
+from glm45.config import configuration
+
+FORMAT = 1  # counted up when a step's meaning changes, so that old work is not trusted
+
+
+@configuration
+class Executor:
+    """Where steps run."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    """datatrove's executor. Not in the report."""
+    workers: int = 2
+    """Tasks that run at once. Not in the report."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the Slurm or Ray executor, for example `{"time": "4:00:00", "partition": "cpu"}`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One executor's worth of work: `pipeline(folder)` returns the datatrove steps that each of `tasks` runs."""
+
+    name: str
+    tasks: int
+    pipeline: Callable[[Path], Sequence[PipelineStep]]
+    settings: Any = None
+
+
+class QuietExecutor(LocalPipelineExecutor):
+    """The local executor with datatrove's console output left to its log files."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                return super()._run_for_rank(rank, local_rank, node_rank)
+        finally:
+            logger.remove()  # datatrove has put its default handler back, on the stream that we have just closed
+
+    def run(self) -> PipelineStats | None:
+        """Run the tasks that are not finished."""
+        logger.remove()
+        return super().run()
+
+
+class Chain:
+    """Steps in order; `folder(name)` is where a step added before keeps its results."""
+
+    def __init__(self, work: Path, root_settings: Any) -> None:
+        self.work = work
+        self.root_key = self.key = _digest("root", FORMAT, root_settings)
+        self.steps: list[tuple[Step, Path]] = []
+
+    def add(
+        self, name: str, tasks: int, pipeline: Callable[[Path], Sequence[PipelineStep]], settings: Any = None
+    ) -> Path:
+        """Append a step and return its folder."""
+        self.key = _digest(self.key, name, tasks, settings)
+        folder = self.work / f"{len(self.steps):02d}-{name}-{self.key}"
+        self.steps.append((Step(name, tasks, pipeline, settings), folder))
+        return folder
+
+    def run(self, executor: Executor, report: Callable[[str], None]) -> None:
+        """Run every unfinished step in order; under Slurm, submit them all with their dependencies."""
+        previous: PipelineExecutor | None = None
+        for step, folder in self.steps:
+            launched = _make_executor(step, folder, executor, previous)
+            if executor.kind != "local":
+                launched.run()
+                previous = launched
+                continue
+            unfinished = len(launched.get_incomplete_ranks())
+            if not unfinished:
+                report(f"{step.name}: finished before")
+                continue
+            started = time.monotonic()
+            with _progress(step, folder, report):
+                launched.run()
+            report(f"{step.name}: {unfinished} of {step.tasks} tasks in {time.monotonic() - started:.1f} s")
+
+
+def _make_executor(step: Step, folder: Path, executor: Executor, previous: PipelineExecutor | None) -> PipelineExecutor:
+    pipeline, logs = list(step.pipeline(folder)), str(folder / "logs")
+    workers = min(executor.workers, step.tasks)
+    if executor.kind == "local":
+        return QuietExecutor(pipeline, tasks=step.tasks, workers=workers, logging_dir=logs)
+    common = {"pipeline": pipeline, "tasks": step.tasks, "workers": workers, "logging_dir": logs, "depends": previous}
+    if executor.kind == "slurm":
+        from datatrove.executor import SlurmPipelineExecutor
+
+        return SlurmPipelineExecutor(job_name=f"glm45-{step.name}", **common, **executor.options)
+    from datatrove.executor import RayPipelineExecutor
+
+    return RayPipelineExecutor(**common, **executor.options)
+
+
+@contextlib.contextmanager
+def _progress(step: Step, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Report finished tasks now and then while a step runs."""
+    done = threading.Event()
+
+    def watch() -> None:
+        last = 0
+        while not done.wait(2.0):
+            finished = len(list((folder / "logs" / "completions").glob("*")))
+            if finished != last:
+                report(f"{step.name}: {finished}/{step.tasks} tasks")
+                last = finished
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

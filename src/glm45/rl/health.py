@@ -1,0 +1,100 @@
+"""Alarms of an RL run: each reads the rows of `metrics.jsonl` so far and says in a sentence what looks wrong.
+
+The signatures come from the report (reward hacking, section 3.4; lost length, section 3.2; pathologies, section 3.4);
+every threshold is ours.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from glm45.config import configuration
+
+Row = Mapping[str, float]
+
+
+@configuration
+class HealthConfig:
+    """Thresholds of the alarms. Not in the report."""
+
+    window: int = 10
+    """Steps of the windows that are compared. Not in the report."""
+    reward_gain: float = 0.05
+    """Rise of the training reward, from the first window to the last, that held-out accuracy must follow. Not in the
+    report."""
+    held_out_gain: float = 0.0
+    """Held-out accuracy that has not risen by more than this stands still. Not in the report."""
+    length_share: float = 0.7
+    """Mean response length below this share of what it was counts as collapsed. Not in the report."""
+    entropy_share: float = 0.2
+    """Entropy below this share of the first window's counts as collapsed. Not in the report."""
+    repetition_rate: float = 0.2
+    """Largest share of repeated four-grams. Not in the report."""
+    language_mixing_rate: float = 0.05
+    """Largest share of letters of another script. Not in the report."""
+    mismatch: float = 0.05
+    """Largest mean difference, in nats, between rollout and training log-probabilities. Not in the report."""
+    failure_share: float = 0.05
+    """Largest share of answers that could not be judged. Not in the report."""
+
+
+def alarms(rows: Sequence[Row], config: HealthConfig) -> list[str]:
+    """Return what looks wrong after the last of `rows`, one sentence each; nothing before there are two windows.
+
+    Rows hold `reward`, `response_length`, `entropy` and the rates each step, `held_out` and `held_out_full_cap`
+    (accuracy under the current and the full cap) where an evaluation was made, `cap`, `mismatch` and `failure_share`.
+    """
+    found = [_over(rows, name, getattr(config, name)) for name in LIMITS]
+    if len(rows) >= 2 * config.window:
+        found += [_reward_hacking(rows, config), _length_regression(rows, config), _entropy_collapse(rows, config)]
+    return [sentence for sentence in found if sentence]
+
+
+LIMITS = {
+    "repetition_rate": "responses repeat themselves",
+    "language_mixing_rate": "responses mix languages",
+    "mismatch": "rollout and training disagree about log-probabilities",
+    "failure_share": "answers cannot be judged",
+}
+
+
+def _over(rows: Sequence[Row], name: str, limit: float) -> str:
+    value = rows[-1].get(name, 0.0) if rows else 0.0
+    return f"{LIMITS[name]}: {name} {value:.3g}, limit {limit:g}" if value > limit else ""
+
+
+def _reward_hacking(rows: Sequence[Row], config: HealthConfig) -> str:
+    held_out = [row["held_out_full_cap"] for row in rows if "held_out_full_cap" in row]
+    if len(held_out) < 2:
+        return ""
+    gain = _mean(rows[-config.window :], "reward") - _mean(rows[: config.window], "reward")
+    held_out_gain = held_out[-1] - held_out[0]
+    if gain < config.reward_gain or held_out_gain > config.held_out_gain:
+        return ""
+    return f"reward hacking? reward rose by {gain:.3f} while held-out accuracy moved by {held_out_gain:+.3f}"
+
+
+def _length_regression(rows: Sequence[Row], config: HealthConfig) -> str:
+    """Length that fell after a change of cap, with full-cap accuracy below the start: the report's 'unlearning'."""
+    changes = [index for index in range(1, len(rows)) if rows[index]["cap"] != rows[index - 1]["cap"]]
+    first = rows[: max(1, min(config.window, changes[0] if changes else 0))]
+    held_out = [row["held_out_full_cap"] for row in rows if "held_out_full_cap" in row]
+    shortened = rows[0]["cap"] < max(row["cap"] for row in rows)  # the run itself began under a short cap
+    if not (changes or shortened) or len(held_out) < 2:
+        return ""
+    before, after = _mean(first, "response_length"), _mean(rows[-config.window :], "response_length")
+    if after >= config.length_share * before or held_out[-1] >= held_out[0]:
+        return ""
+    return (
+        f"long-context regression? mean response length fell from {before:.1f} to {after:.1f} tokens around a change "
+        f"of the cap, and full-cap accuracy from {held_out[0]:.3f} to {held_out[-1]:.3f}"
+    )
+
+
+def _entropy_collapse(rows: Sequence[Row], config: HealthConfig) -> str:
+    before, after = _mean(rows[: config.window], "entropy"), _mean(rows[-config.window :], "entropy")
+    return (
+        f"entropy collapse? {before:.3f} to {after:.3f} nats a token" if after < config.entropy_share * before else ""
+    )
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)

@@ -1,0 +1,112 @@
+"""Suites by name: which tasks are asked and how answers are drawn.
+
+Generated suites use only prompts that `is_held_out` keeps out of every training set.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
+
+from glm45.config import configuration
+from glm45.corpus.arithmetic import ArithmeticConfig
+from glm45.environments.arithmetic import arithmetic_tasks
+from glm45.environments.instructions import instruction_tasks
+from glm45.environments.protocol import Task
+from glm45.environments.reasoning_gym import reasoning_gym_tasks
+from glm45.environments.tasks import split_tasks
+from glm45.environments.tools import tool_tasks
+from glm45.evaluation.runner import Suite, SuiteSettings
+from glm45.evaluation.targets import Sampling
+
+REPORT_SAMPLING = Sampling(temperature=0.6, top_p=0.95, max_tokens=81_920)
+"""Of the report's evaluation toolkit (its public repository's defaults)."""
+
+REPORT_SETTINGS = {
+    "aime": SuiteSettings(num_samples=32, sampling=REPORT_SAMPLING),
+    "gpqa": SuiteSettings(num_samples=8, sampling=REPORT_SAMPLING, last_characters=1024),
+    "math-500": SuiteSettings(num_samples=3, sampling=REPORT_SAMPLING),
+    "scicode": SuiteSettings(num_samples=3, sampling=REPORT_SAMPLING),
+    "livecodebench": SuiteSettings(num_samples=2, sampling=REPORT_SAMPLING),
+    "mmlu-pro": SuiteSettings(num_samples=1, sampling=REPORT_SAMPLING),
+}
+"""Samples, temperature and judged characters of the report (section 4 and its toolkit), by benchmark."""
+
+
+@configuration
+class SuiteOptions:
+    """How large the generated suites are."""
+
+    num_tasks: int = 200
+    """Tasks of a generated suite."""
+    seed: int = 0
+    """Root of generated tasks."""
+    max_tokens: int = 128
+    """Most tokens of one answer."""
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    """Problems of the arithmetic suites."""
+
+    def __post_init__(self) -> None:
+        if self.num_tasks < 1 or self.max_tokens < 1:
+            raise ValueError(f"num_tasks {self.num_tasks} and max_tokens {self.max_tokens} must be 1 or more")
+
+
+def held_out(tasks: Callable[[int, int], Iterable[Task]], options: SuiteOptions) -> list[Task]:
+    """Return `num_tasks` held-out tasks with different prompts from a generator `tasks(seed, count)`.
+
+    Raises ValueError if the family is too small to have so many.
+    """
+    found: dict[str, Task] = {}
+    for attempt in islice(count(), 50):
+        _, kept = split_tasks(tasks(options.seed + attempt, 30 * options.num_tasks))
+        for task in kept:
+            found.setdefault(str(task.messages), task)
+            if len(found) == options.num_tasks:
+                return list(found.values())
+    raise ValueError(f"only {len(found)} different held-out prompts where {options.num_tasks} were asked for")
+
+
+def arithmetic(options: SuiteOptions, *, thinking: bool) -> list[Task]:
+    """Held-out arithmetic, with written-out steps or answered directly."""
+    tasks = held_out(lambda seed, n: arithmetic_tasks(seed, n, options.arithmetic), options)
+    return [dataclasses.replace(task, thinking=thinking) for task in tasks]
+
+
+def tools(options: SuiteOptions) -> list[Task]:
+    """Held-out requests that need one call, several or none."""
+    return held_out(tool_tasks, options)
+
+
+def instructions(options: SuiteOptions) -> list[Task]:
+    """Held-out requests whose constraints are checked by rules."""
+    return held_out(instruction_tasks, options)
+
+
+REASONING_FAMILIES = ("chain_sum", "spell_backward", "gcd", "simple_equations", "count_bits", "products")
+
+
+def reasoning(options: SuiteOptions) -> list[Task]:
+    """Held-out entries of several reasoning-gym families, in equal parts."""
+    each = dataclasses.replace(options, num_tasks=max(1, options.num_tasks // len(REASONING_FAMILIES)))
+
+    def family_tasks(family: str) -> Iterator[Task]:
+        yield from held_out(lambda seed, n: reasoning_gym_tasks(family, seed, n), each)
+
+    return [task for family in REASONING_FAMILIES for task in family_tasks(family)]
+
+
+SUITES: dict[str, Callable[[SuiteOptions], list[Task]]] = {
+    "arithmetic-thinking": lambda options: arithmetic(options, thinking=True),
+    "arithmetic-direct": lambda options: arithmetic(options, thinking=False),
+    "tools": tools,
+    "instructions": instructions,
+    "reasoning": reasoning,
+}
+
+
+def build_suite(name: str, options: SuiteOptions, settings: SuiteSettings | None = None) -> Suite:
+    """Return a suite by name. Raises ValueError with the known names."""
+    if name not in SUITES:
+        raise ValueError(f"no suite {name!r}; known: {', '.join(SUITES)}")
+    return Suite(
+        name, SUITES[name](options), settings or SuiteSettings(sampling=Sampling(max_tokens=options.max_tokens))
+    )

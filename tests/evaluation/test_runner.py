@@ -1,0 +1,129 @@
+"""Suites are judged rightly, resume where they were, and say how sure their figures are."""
+
+import json
+from math import comb
+
+import pytest
+
+from glm45.data.splits import is_held_out
+from glm45.environments.protocol import Task, assistant, user
+from glm45.environments.tasks import prompt_text
+from glm45.environments.tools import tool_call
+from glm45.evaluation.runner import TRANSCRIPTS, Suite, SuiteSettings, run_suite
+from glm45.evaluation.statistics import bootstrap, pass_at_k
+from glm45.evaluation.suites import SUITES, SuiteOptions, build_suite
+from glm45.evaluation.targets import Answer, Sampling
+
+
+class Scripted:
+    """A target that answers by a function, and counts."""
+
+    def __init__(self, reply, name="scripted"):
+        self.name, self.reply, self.asked = name, reply, []
+
+    async def answer(self, task, sampling, seed):
+        self.asked.append((task.task_id, seed))
+        return Answer({**self.reply(task, len(self.asked)), "faults": []}, "stop", 7)
+
+    def close(self):
+        pass
+
+
+def gold(task, _):
+    if task.verifier == "tools":
+        calls = [tool_call(call["name"], call["arguments"]) for call in task.answer]
+        return assistant("" if calls else "Glad to hear it.", tool_calls=calls)
+    if task.verifier == "instructions":
+        from glm45.environments.instructions import reference_reply
+
+        return assistant(reference_reply(task))
+    return assistant(str(task.answer))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_gold_answers_score_one_and_corrupted_ones_zero(name, tmp_path):
+    suite = build_suite(name, SuiteOptions(num_tasks=12))
+    right = run_suite(Scripted(gold), suite, tmp_path / "right")
+    wrong = run_suite(
+        Scripted(lambda task, _: assistant("zebra?!", tool_calls=[tool_call("x", {})])), suite, tmp_path / "wrong"
+    )
+    assert right.metrics["score"].mean == 1
+    assert not right.failures
+    assert wrong.metrics["score"].mean == 0
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_generated_suites_ask_only_held_out_prompts_and_the_same_ones_each_time(name):
+    tasks = build_suite(name, SuiteOptions(num_tasks=12)).tasks
+    assert all(is_held_out(prompt_text(task)) for task in tasks)
+    assert len({prompt_text(task) for task in tasks}) == len(tasks) == 12
+    assert tasks == build_suite(name, SuiteOptions(num_tasks=12)).tasks
+
+
+def sums(count):
+    return [
+        Task(task_id=f"t{i}", verifier="mathematics", messages=[user(f"{i}+1?")], answer=str(i + 1))
+        for i in range(count)
+    ]
+
+
+def test_an_interrupted_suite_asks_only_for_what_is_missing(tmp_path):
+    suite = Suite("sums", sums(6), SuiteSettings(num_samples=2))
+    run_suite(Scripted(gold), suite, tmp_path)
+    file = tmp_path / TRANSCRIPTS
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:7], lines[7][:20]]) + "\n")  # killed in the middle of a line
+    again = Scripted(gold)
+    result = run_suite(again, suite, tmp_path)
+    assert len(again.asked) == 5
+    assert result.metrics["score"].mean == 1
+    changed = Scripted(gold)
+    run_suite(
+        changed, Suite("sums", sums(6), SuiteSettings(num_samples=2, sampling=Sampling(temperature=1.0))), tmp_path
+    )
+    assert len(changed.asked) == 12, "answers drawn in another way do not count"
+
+
+def test_samples_of_a_task_are_averaged_and_counted_for_pass_at_k(tmp_path):
+    reply = lambda task, n: assistant(task.answer if n % 2 else "0")  # noqa: E731
+    suite = Suite("sums", sums(4), SuiteSettings(num_samples=4, ks=(1, 2, 4, 8)))
+    result = run_suite(Scripted(reply), suite, tmp_path)
+    assert result.metrics["score"].mean == pytest.approx(0.5)
+    assert "pass@8" not in result.metrics
+    assert result.num_answers == 16
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert stored["metrics"]["score"]["mean"] == pytest.approx(0.5)
+
+
+def test_only_the_end_of_an_answer_is_judged_if_asked(tmp_path):
+    suite = Suite("sums", sums(2), SuiteSettings(last_characters=4))
+    wordy = lambda task, _: assistant("99 " * 50 + f"<|begin_of_box|>{task.answer}<|end_of_box|>")  # noqa: E731
+    assert run_suite(Scripted(wordy), suite, tmp_path / "a").metrics["score"].mean == 0
+
+
+def test_empty_and_ambiguous_suites_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no tasks"):
+        run_suite(Scripted(gold), Suite("x", [], SuiteSettings()), tmp_path)
+    with pytest.raises(ValueError, match="several tasks with the id 't0'"):
+        run_suite(Scripted(gold), Suite("x", sums(1) * 2, SuiteSettings()), tmp_path)
+    with pytest.raises(ValueError, match="no suite 'y'"):
+        build_suite("y", SuiteOptions())
+
+
+def test_pass_at_k_equals_its_definition():
+    for n in (1, 5, 16):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                assert pass_at_k(n, c, k) == pytest.approx(1 - comb(n - c, k) / comb(n, k))
+    with pytest.raises(ValueError, match="pass@3"):
+        pass_at_k(2, 1, 3)
+
+
+def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    draws = [bootstrap(list(generator.binomial(1, 0.3, 100).astype(float)), resamples=400) for _ in range(200)]
+    assert 0.88 <= sum(e.low <= 0.3 <= e.high for e in draws) / 200 <= 0.99
+    with pytest.raises(ValueError, match="no task"):
+        bootstrap([])

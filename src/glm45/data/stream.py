@@ -18,7 +18,8 @@ from glm45.data.shards import Documents
 from glm45.seeds import derive_seed
 
 BLOCK = 1 << 18  # documents shuffled together: bounds memory at 4 MB a block whatever the dataset's size
-WINDOW = 1 << 14  # documents packed together
+WINDOW = 1 << 14  # documents packed together, or more where that would be fewer rows than
+WINDOW_ROWS = 256  # this many: the last row of a window is seldom full
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -189,6 +190,8 @@ class PackedRows:
     ) -> None:
         self._order, self._length, self._long, self._seed = order, sequence_length, long, seed
         self._pending = cursor.pending
+        fewest = WINDOW_ROWS * sequence_length * order.documents.num_documents // max(1, order.documents.num_tokens)
+        self._size = max(WINDOW, 1 << fewest.bit_length())
         self._documents = [cursor.document]  # ordinal at which each window begins
         self._rows = [0]  # row at which each window begins
         self._windows: _Recent[int, tuple[Pieces, np.ndarray]] = _Recent(2)
@@ -234,8 +237,8 @@ class PackedRows:
     def _pack_next_window(self) -> None:
         window, num_documents = len(self._rows) - 1, self._order.documents.num_documents
         epoch, rest = divmod(self._documents[window], num_documents)
-        end = epoch * num_documents + min((rest // WINDOW + 1) * WINDOW, num_documents)
-        if window == 0 and len(self._pending.starts_N) and rest % WINDOW == 0:
+        end = epoch * num_documents + min((rest // self._size + 1) * self._size, num_documents)
+        if window == 0 and len(self._pending.starts_N) and rest % self._size == 0:
             end = self._documents[0]  # the rest of an earlier stage's window comes before any of the next one
         self._documents.append(end)
         _, row_N = self._window(window)

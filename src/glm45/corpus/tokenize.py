@@ -1,0 +1,355 @@
+"""Document files to a data folder's `tokenizer/` and `shards/`.
+
+A line of a document file is a JSON object with `text`, or with `messages` (and `tools`), which the chat renderer turns
+into tokens. `metadata.special_tokens` lists the special tokens that were put into a text on purpose, such as those of
+fill-in-the-middle; what else spells a special token stays text. Every document ends with `<|endoftext|>`.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from glm45.corpus.words import WordEncoder
+from glm45.data.folder import update_manifest
+from glm45.data.mixture import HELD_OUT
+from glm45.data.shards import ShardWriter, require_disk, token_dtype, verify
+from glm45.text.chat import render_tokens
+from glm45.text.special_tokens import END_OF_TEXT
+from glm45.text.tokenizer import Tokenizer
+
+TOKENIZER_SAMPLE = 20_000_000
+"""Bytes of text that a tokenizer is trained on. Not in the report."""
+CHUNK = 1 << 20  # bytes of lines that a worker encodes at once
+COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
+NUM_EXAMPLES = 5  # rejected documents named in the manifest for each reason
+FILE_NAME = re.compile(r"(?P<dataset>[^/]+?\.[A-Za-z]\w*?)(?:[-_.]\d+)*\.jsonl(?P<packed>\.zst|\.gz)?")
+
+
+def tokenize_folder(
+    documents_dir: Path, out_dir: Path, *, vocab_size: int, workers: int, tokenizer: Path | None = None
+) -> dict[str, Any]:
+    """Tokenize every `<source>.<bucket>*.jsonl[.zst|.gz]` of a folder and return the manifest's entries.
+
+    Trains a tokenizer of `vocab_size` on what is not held out, unless the folder of one is given. Writes
+    `tokenizer/`, `shards/<dataset>.bin|.idx` and, last, `manifest.json`. The result does not depend on `workers`. A
+    dataset that an earlier run finished from the same files with the same tokenizer is kept; what a killed run left of
+    another is overwritten. Lines that cannot be read are counted, with examples, under `rejected`.
+
+    Raises ValueError for a folder without document files, a file that is cut short, or a dataset without documents;
+    OSError where the disk has no room.
+    """
+    if workers < 1:
+        raise ValueError(f"workers = {workers}: at least 1 is needed")
+    datasets = find_datasets(documents_dir)
+    digests = {name: {path.name: _digest(path) for path in paths} for name, paths in datasets.items()}
+    size = sum(_text_size(path) for paths in datasets.values() for path in paths)
+    require_disk(out_dir, size)  # two or four bytes a token of three or four characters
+    progress = _Progress(out_dir / "shards" / "progress.json")
+    folder = out_dir / "tokenizer"
+    _prepare_tokenizer(datasets, digests, folder, tokenizer, vocab_size, progress)
+    loaded = Tokenizer.load(folder)
+    entries = {}
+    with ExitStack() as stack:
+        encoders: _Encoders | None = None
+        for name, paths in datasets.items():
+            made_from = {"tokenizer": loaded.fingerprint, "files": digests[name]}
+            entry = progress.get(name, made_from)
+            if entry is None or not _is_intact(out_dir / "shards", entry):
+                encoders = encoders or stack.enter_context(_Encoders(folder, loaded.fingerprint, workers))
+                entry = _tokenize_dataset(paths, out_dir / "shards" / name, encoders, token_dtype(loaded.vocab_size))
+                progress.put(name, made_from, entry)
+            entries[name] = entry
+    described = {
+        "fingerprint": loaded.fingerprint,
+        "vocab_size": loaded.vocab_size,
+        "padded_vocab_size": loaded.padded_vocab_size,
+    }
+    update_manifest(out_dir, result := {"tokenizer": described, "datasets": entries})
+    return result
+
+
+def find_datasets(documents_dir: Path) -> dict[str, list[Path]]:
+    """Return the document files of every dataset, both sorted by name.
+
+    Raises ValueError if there are none, or for a `.jsonl` file whose name says no source and bucket.
+    """
+    datasets: dict[str, list[Path]] = {}
+    for path in sorted(documents_dir.iterdir()) if documents_dir.is_dir() else ():
+        if named := FILE_NAME.fullmatch(path.name):
+            datasets.setdefault(named["dataset"], []).append(path)
+        elif ".jsonl" in path.suffixes:
+            raise ValueError(f"{path}: the name must be <source>.<bucket>.jsonl, such as web.high.jsonl.zst")
+    if not datasets:
+        raise ValueError(f"{documents_dir} holds no <source>.<bucket>.jsonl files: build the documents first")
+    return dict(sorted(datasets.items()))
+
+
+@dataclass
+class _Chunk:
+    """What a worker made of a chunk of lines: tokens in the shard's type, a length a document, and what it rejected."""
+
+    num_lines: int
+    tokens: bytes = b""
+    lengths: list[int] = field(default_factory=list)
+    text_bytes: int = 0
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+    """Number of the line within the chunk, and why."""
+
+
+def encode_lines(lines: Sequence[bytes], encoder: WordEncoder) -> _Chunk:
+    """Encode lines of a document file."""
+    chunk = _Chunk(num_lines=len(lines))
+    end = encoder.tokenizer.special_id(END_OF_TEXT)
+    texts: list[str] = []
+    documents: list[list[bytes | None]] = []  # ids that are known, and None for the next of `texts`
+    for number, line in enumerate(lines):
+        try:
+            parts = _parts(line, encoder)
+        except ValueError as error:
+            chunk.rejected.append((number, _reason(error)))
+            continue
+        plain = [part for part in parts if isinstance(part, str)]
+        chunk.text_bytes += sum(len(part.encode()) for part in plain)
+        texts += plain
+        documents.append([part if isinstance(part, bytes) else None for part in parts])
+    encoded = iter(encoder.encode(texts))
+    pieces = []
+    for document in documents:
+        ids = [next(encoded) if part is None else part for part in document]
+        pieces += [*ids, encoder.to_bytes([end])]
+        chunk.lengths.append(sum(map(len, ids)) // encoder.dtype.itemsize + 1)
+    chunk.tokens = b"".join(pieces)
+    return chunk
+
+
+def _parts(line: bytes, encoder: WordEncoder) -> list[str | bytes]:
+    """Return a document as plain texts and ids. Raises ValueError for what is not a document."""
+    document = json.loads(line)
+    if not isinstance(document, dict) or not ("text" in document or "messages" in document):
+        raise ValueError("neither text nor messages")
+    if "messages" in document:
+        rendered = render_tokens(document["messages"], encoder.tokenizer, tools=document.get("tools"))
+        return [encoder.to_bytes(rendered.ids)]
+    text = document["text"]
+    if not isinstance(text, str) or not text:
+        raise ValueError("empty text")
+    text.encode()  # a lone surrogate raises here
+    special = (document.get("metadata") or {}).get("special_tokens")
+    if not special:
+        return [text]
+    pieces = re.split(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", text)
+    ids = [encoder.to_bytes([encoder.tokenizer.special_id(piece)]) for piece in pieces[1::2]]
+    parts: list[str | bytes] = [part for pair in zip(pieces[::2], [*ids, b""], strict=True) for part in pair]
+    return [part for part in parts if part]
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "not JSON"
+    return "not Unicode" if isinstance(error, UnicodeError) else str(error)
+
+
+class _Encoders:
+    """Encodes chunks of lines in `workers` processes, in order and never far ahead; one worker is this process."""
+
+    def __init__(self, tokenizer: Path, fingerprint: str, workers: int) -> None:
+        self._work = functools.partial(_work, tokenizer, fingerprint)
+        self._ahead = 2 * workers
+        self._pool = None
+        if workers > 1:
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _keep_to_one_thread)
+
+    def __enter__(self) -> "_Encoders":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, chunks: Iterator[list[bytes]]) -> Iterator[_Chunk]:
+        """Yield what became of each chunk of lines."""
+        if self._pool is None:
+            yield from map(self._work, chunks)
+            return
+        futures: deque[Future[_Chunk]] = deque()
+        try:
+            for lines in chunks:
+                futures.append(self._pool.submit(self._work, lines))
+                if len(futures) > self._ahead:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
+        except BrokenProcessPool:
+            raise OSError("a tokenizing process was killed, perhaps for memory: run again with fewer workers") from None
+
+
+def _keep_to_one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path, fingerprint: str) -> WordEncoder:
+    """Return this process's encoder, which remembers words from chunk to chunk."""
+    encoder = WordEncoder(folder, token_dtype(Tokenizer.load(folder).vocab_size))
+    assert encoder.tokenizer.fingerprint == fingerprint
+    return encoder
+
+
+def _work(folder: Path, fingerprint: str, lines: list[bytes]) -> _Chunk:
+    return encode_lines(lines, _encoder(folder, fingerprint))
+
+
+def _tokenize_dataset(paths: Sequence[Path], prefix: Path, encoders: _Encoders, dtype: np.dtype) -> dict[str, Any]:
+    """Write one dataset's shard and return its manifest entry."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    text_bytes = 0
+    with ShardWriter(prefix, dtype) as writer:
+        for path in paths:
+            first_line = 1
+            for chunk in encoders.encode(_chunks(path)):
+                writer.add_many(np.frombuffer(chunk.tokens, dtype), np.array(chunk.lengths, dtype=np.int32))
+                text_bytes += chunk.text_bytes
+                for number, reason in chunk.rejected:
+                    counts[reason] += 1
+                    if len(shown := examples.setdefault(reason, [])) < NUM_EXAMPLES:
+                        shown.append(f"{path.name}:{first_line + number}")
+                first_line += chunk.num_lines
+        if not writer.num_documents:
+            raise ValueError(f"{prefix.name}: no documents in {', '.join(path.name for path in paths)}: {dict(counts)}")
+    rejected = {reason: {"documents": count, "examples": examples[reason]} for reason, count in counts.most_common()}
+    return writer.entry | {"text_bytes": text_bytes, "rejected": rejected}
+
+
+def _chunks(path: Path) -> Iterator[list[bytes]]:
+    """Yield the lines of a document file, about a megabyte at a time."""
+    lines, size = [], 0
+    with _open(path) as file:
+        try:
+            for line in file:
+                lines.append(line)
+                size += len(line)
+                if size >= CHUNK:
+                    yield lines
+                    lines, size = [], 0
+        except (EOFError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is cut short or damaged ({error}): build the documents again") from None
+    if lines:
+        yield lines
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a document file. Arrow's decompression notices a file that is cut short; zstandard's reads less of it."""
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    from pyarrow import input_stream
+
+    return io.BufferedReader(input_stream(path, compression=COMPRESSIONS[path.suffix]), CHUNK)
+
+
+def _prepare_tokenizer(
+    datasets: dict[str, list[Path]],
+    digests: dict[str, dict[str, str]],
+    folder: Path,
+    given: Path | None,
+    vocab_size: int,
+    progress: "_Progress",
+) -> None:
+    """Copy the given tokenizer to `folder` or train one, unless an earlier run did so from the same files."""
+    if given is not None:
+        Tokenizer.load(given).save(folder)
+        return
+    made_from = {"vocab_size": vocab_size, "sample": TOKENIZER_SAMPLE, "datasets": digests}
+    if progress.get("tokenizer", made_from) is not None and (folder / "tokenizer.json").exists():
+        return
+    trained = Tokenizer.train(_sample(datasets), vocab_size)
+    staging = folder.parent / "tokenizer.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    trained.save(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    progress.put("tokenizer", made_from, {})
+
+
+def _sample(datasets: dict[str, list[Path]]) -> Iterator[str]:
+    """Yield about `TOKENIZER_SAMPLE` bytes of the texts to train on, chosen by hash from all files alike."""
+    paths = [path for name, paths in datasets.items() if not name.endswith(f".{HELD_OUT}") for path in paths]
+    share = min(1.0, TOKENIZER_SAMPLE / max(1, sum(_text_size(path) for path in paths)))
+    left = 2 * TOKENIZER_SAMPLE  # the sizes of compressed files are estimates
+    for path in paths:
+        for lines in _chunks(path):
+            for line in lines:
+                digest = hashlib.blake2b(line, digest_size=8).digest()
+                if int.from_bytes(digest, "big") < share * 2**64 and left > 0:
+                    texts = list(_texts(line))
+                    left -= sum(map(len, texts))
+                    yield from texts
+
+
+def _texts(line: bytes) -> Iterator[str]:
+    """Yield what a tokenizer learns from in a line, nothing where `encode_lines` will reject it."""
+    try:
+        document = json.loads(line)
+        for text in (document.get("text"), *(message.get("content") for message in document.get("messages", ()))):
+            if isinstance(text, str):
+                text.encode()
+                yield text
+    except (ValueError, AttributeError):
+        return
+
+
+def _text_size(path: Path) -> int:
+    """Estimate a file's size when unpacked: text shrinks to about a quarter."""
+    return path.stat().st_size * (4 if path.suffix in COMPRESSIONS else 1)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_intact(shards: Path, entry: dict[str, Any]) -> bool:
+    try:
+        verify(shards, entry)
+    except ValueError:
+        return False
+    return True
+
+
+class _Progress:
+    """What is finished and from what it was made, on disk after every step, so that a killed run can go on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._finished: dict[str, Any] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            self._finished = {}
+
+    def get(self, name: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the entry of what was finished from exactly this, or None."""
+        finished = self._finished.get(name)
+        return finished["entry"] if finished and finished["from"] == made_from else None
+
+    def put(self, name: str, made_from: dict[str, Any], entry: dict[str, Any]) -> None:
+        """Record what is finished, surviving a kill at any moment."""
+        self._finished[name] = {"from": made_from, "entry": entry}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.parent / f"{self._path.name}.tmp"
+        temporary.write_text(json.dumps(self._finished))
+        os.replace(temporary, self._path)

@@ -17,6 +17,14 @@ MAX_REFERENCES = 16
 """References followed in a schema before it is taken for one that refers to itself."""
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=_refuse, parse_int=str, parse_float=str)
+"""Numbers stay text: however long, they are only checked."""
+
+
 class Conversion(NamedTuple):
     """A value as JSON, and what was wrong with it."""
 
@@ -64,7 +72,7 @@ def convert(text: str, kind: ValueKind) -> Conversion:
 def is_json(text: str) -> bool:
     """Return whether text is JSON to the letter: no NaN, no Infinity."""
     try:
-        json.loads(text, parse_constant=_refuse, parse_int=str, parse_float=str)
+        STRICT_JSON.decode(text)
     except (ValueError, RecursionError):
         return False
     return True
@@ -109,7 +117,3 @@ def _python_literal(text: str) -> str | None:
         return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -1,20 +1,19 @@
 """The state machine behind the output parser: takes text and tags in order, gives OpenAI deltas and problems.
 
-It knows nothing of chunks or tokens: `take_text` may be called with any pieces of a run of text, and nothing that it
-emits or reports depends on where the pieces were cut.
+It knows nothing of chunks or tokens: a run of text may come in any pieces, and nothing that the machine emits or
+reports depends on where they were cut.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glm45.text.arguments import convert, escape, tool_parameters, value_kind
+from glm45.text.arguments import ValueKind, convert, escape, tool_parameters, value_kind
 from glm45.text.special_tokens import (
     ARG_KEY,
     ARG_KEY_END,
     ARG_VALUE,
     ARG_VALUE_END,
-    EOS_TOKENS,
     THINK,
     THINK_END,
     TOOL_CALL,
@@ -31,10 +30,14 @@ LITERAL_NEWLINE = "\\n"
 """Some models write a backslash and an n after a call's name; accepted, as in SGLang."""
 
 
+Handler = Callable[[str, int], None]
+"""Takes a piece of text that holds no tag and is not empty, or a tag; and how many characters came before it."""
+
+
 class AnswerMachine:
     """Reads one assistant turn.
 
-    Every state is a pair of methods, one for text and one for tags, in `_text` and `_tag`: prose (content or
+    Every state is a pair of methods, in `text` and `tag`, that the caller hands the turn to: prose (content or
     reasoning), and within a call its name, what stands between arguments, a key, what follows a key, a value, and
     what is left of a call that was refused.
     """
@@ -45,7 +48,6 @@ class AnswerMachine:
         self.in_value = False
         """Whether only `</arg_value>` is a tag now."""
 
-        self._position = 0  # characters taken so far
         self._end: str | None = None  # the token that ends the turn, once seen
         self._deltas: list[Delta] = []
         self._kind = ""  # of the fragments that wait to become one delta
@@ -62,6 +64,8 @@ class AnswerMachine:
         self._call_start = 0
         self._closed_calls: list[int] = []
         self._parameters: Mapping[str, Any] = {}
+        self._kinds: dict[str, ValueKind] = {}  # of the parameters seen of this tool
+        self._kinds_by_tool: dict[str, dict[str, ValueKind]] = {}
         self._keys: set[str] = set()
         self._newline = ""  # what the dialect of this call puts between tags
         self._gap: list[str] = []  # white space since the last tag of the call
@@ -69,38 +73,29 @@ class AnswerMachine:
         self._in_stray = False  # whether stray text goes on that is already reported
         self._buffer: list[str] = []  # a name, key or value until it is whole
         self._key, self._key_start = "", 0
-        self._value_kind = ""
+        self._value_kind: ValueKind = "unknown"
 
-        self._text: Callable[[str, int], None] = self._prose_text
-        self._tag: Callable[[str], None] = self._reasoning_tag if reasoning_open else self._content_tag
+        self.text: Handler = self._prose_text
+        self.tag: Handler = self._reasoning_tag if reasoning_open else self._content_tag
+        self._after_end: tuple[Handler, Handler] = (self.text, self.tag)
 
-    def take_text(self, text: str) -> None:
-        """Take a piece of text that holds no tag."""
-        if not text:
-            return
+    def end_turn(self, token: str, position: int) -> None:
+        """Take a token that ends the turn: if anything follows, it was text after all."""
         if self._end:
-            self._go_on_after_end()
-        self._text(text, self._position)
-        self._position += len(text)
+            self._go_on_after_end(position)
+        self._end = token
+        self._after_end = self.text, self.tag
+        self.text, self.tag = self._text_after_end, self._tag_after_end
 
-    def take_tag(self, tag: str) -> None:
-        """Take a tag or a role token."""
-        if self._end:
-            self._go_on_after_end()
-        if tag in EOS_TOKENS:
-            self._end = tag
-        else:
-            self._tag(tag)
-        self._position += len(tag)
-
-    def finish(self) -> None:
+    def finish(self, position: int) -> None:
         """Take the end of the text: give back what is held, and report what is open."""
-        if self._text == self._prose_text:
-            self._finish_prose()
-        elif self._text == self._name_text:
+        text, _ = self._after_end if self._end else (self.text, self.tag)
+        if text == self._prose_text:
+            self._finish_prose(position)
+        elif text == self._name_text:
             self._refuse_call("truncated_call", "the text ends in the name of a call")
-        elif self._text != self._refused_text:
-            self._finish_arguments()
+        elif text != self._refused_text:
+            self._finish_arguments(text)
             self._report("truncated_call", "the text ends inside a call", self._call_start, self._call)
 
     def drain(self) -> list[Delta]:
@@ -126,7 +121,7 @@ class AnswerMachine:
         if not self._fragments:
             return
         text = "".join(self._fragments)
-        self._fragments.clear()
+        self._fragments = []
         if self._kind == "arguments":
             self._deltas.append({"tool_calls": [{"index": self._call, "function": {"arguments": text}}]})
         else:
@@ -135,12 +130,21 @@ class AnswerMachine:
     def _report(self, kind: ProblemKind, detail: str, position: int, call: int | None = None) -> None:
         self._problems.append(Problem(kind, position, detail, call))
 
-    def _go_on_after_end(self) -> None:
+    def _text_after_end(self, text: str, position: int) -> None:
+        self._go_on_after_end(position)
+        self.text(text, position)
+
+    def _tag_after_end(self, tag: str, position: int) -> None:
+        self._go_on_after_end(position)
+        self.tag(tag, position)
+
+    def _go_on_after_end(self, position: int) -> None:
         """Take the end token for text, since more follows it."""
         end, self._end = self._end, None
         assert end is not None
-        self._report("text_after_end", f"text follows {end}", self._position)
-        self._text(end, self._position - len(end))
+        self.text, self.tag = self._after_end
+        self._report("text_after_end", f"text follows {end}", position)
+        self.text(end, position - len(end))
 
     # Prose: content and reasoning
 
@@ -161,39 +165,39 @@ class AnswerMachine:
         if len(body) < len(text):
             self._space.append(text[len(body) :])
 
-    def _content_tag(self, tag: str) -> None:
+    def _content_tag(self, tag: str, position: int) -> None:
         fresh = self._fresh and not self._in_prose
         if tag == TOOL_CALL:
             self._end_prose()
-            self._start_call()
+            self._start_call(position)
         elif tag == THINK and fresh:
             self._end_prose()
-            self._prose, self._tag = "reasoning_content", self._reasoning_tag
+            self._prose, self.tag = "reasoning_content", self._reasoning_tag
         elif tag == THINK_END and fresh:
             self._end_prose()
-            self._report("stray_tag", f"{THINK_END} closes reasoning that was not open", self._position)
+            self._report("stray_tag", f"{THINK_END} closes reasoning that was not open", position)
         else:
-            self._stray_tag(tag)
-            self._prose_text(tag, self._position)
+            self._stray_tag(tag, position)
+            self._prose_text(tag, position)
 
-    def _reasoning_tag(self, tag: str) -> None:
+    def _reasoning_tag(self, tag: str, position: int) -> None:
         if tag == THINK_END:
             self._start_content()
         elif tag == TOOL_CALL:
-            self._report("unclosed_reasoning", f"{TOOL_CALL} before {THINK_END}", self._position)
+            self._report("unclosed_reasoning", f"{TOOL_CALL} before {THINK_END}", position)
             self._start_content()
-            self._start_call()
+            self._start_call(position)
         else:
-            self._stray_tag(tag)
+            self._stray_tag(tag, position)
             if tag != THINK or self._in_prose:  # a prompt may have opened the reasoning that the model opens again
-                self._prose_text(tag, self._position)
+                self._prose_text(tag, position)
 
-    def _stray_tag(self, tag: str) -> None:
-        self._report("stray_tag", f"{tag} has no place here", self._position)
+    def _stray_tag(self, tag: str, position: int) -> None:
+        self._report("stray_tag", f"{tag} has no place here", position)
 
     def _start_content(self) -> None:
         self._end_prose()
-        self._prose, self._text, self._tag = "content", self._prose_text, self._content_tag
+        self._prose, self.text, self.tag = "content", self._prose_text, self._content_tag
 
     def _end_prose(self) -> None:
         """End prose at a tag: of the white space before it, what stands on the line of the text is prose."""
@@ -203,20 +207,20 @@ class AnswerMachine:
         self._in_prose = False
         self._fresh = False
 
-    def _finish_prose(self) -> None:
+    def _finish_prose(self, position: int) -> None:
         space = "".join(self._space)
         if not self._in_prose:
             space = space.lstrip("\n") if self._fresh else ""
         if space:
             self._emit(self._prose, space)
         if self._prose == "reasoning_content":
-            self._report("unclosed_reasoning", "the text ends inside reasoning", self._position)
+            self._report("unclosed_reasoning", "the text ends inside reasoning", position)
 
     # Calls: the name
 
-    def _start_call(self) -> None:
-        self._call_start = self._position
-        self._text, self._tag = self._name_text, self._name_tag
+    def _start_call(self, position: int) -> None:
+        self._call_start = position
+        self.text, self.tag = self._name_text, self._name_tag
         self._buffer, self._gap = [], []
 
     def _name_text(self, text: str, position: int) -> None:
@@ -232,25 +236,25 @@ class AnswerMachine:
         name, _, rest = "".join(self._buffer).partition("\n")
         self._open_call(name, "\n")
         if rest:
-            self._text(rest, position + len(text) - len(rest))
+            self.text(rest, position + len(text) - len(rest))
 
-    def _name_tag(self, tag: str) -> None:
+    def _name_tag(self, tag: str, position: int) -> None:
         name = "".join(self._buffer)
         if tag == TOOL_CALL:
             self._refuse_call("unclosed_call", "another call begins in the name of a call")
-            self._start_call()
+            self._start_call(position)
         elif name and tag in (ARG_KEY, TOOL_CALL_END):
             self._open_call(name, "")
-            self._tag(tag)
+            self.tag(tag, position)
         else:
             self._refuse_call("bad_name", f"{tag} where the name of a call should be")
-            self._tag(tag)
+            self.tag(tag, position)
 
     def _open_call(self, text: str, newline: str) -> None:
         """Begin a call whose name is whole, or refuse it."""
         name = text.rstrip(WHITE_SPACE).removesuffix(LITERAL_NEWLINE)
         known = self._tools is not None and name in self._tools
-        if not name or (BAD_NAME.search(name) and not known):
+        if not name or (not known and BAD_NAME.search(name)):
             self._buffer = [text + newline]
             self._refuse_call("bad_name", f"no function can be called {name[:80]!r}")
             return
@@ -259,6 +263,7 @@ class AnswerMachine:
         if self._tools is not None and not known:
             self._report("unknown_tool", f"there is no tool {name!r}", self._call_start, self._call)
         self._parameters = (self._tools or {}).get(name, {})
+        self._kinds = self._kinds_by_tool.setdefault(name, {})
         self._keys = set()
         self._newline = newline
         self._in_stray = False
@@ -267,7 +272,7 @@ class AnswerMachine:
             self._report("layout", "white space around the name", self._call_start, self._call)
             self._expected_gap = None
         self._gap = []
-        self._text, self._tag = self._between_text, self._between_tag
+        self.text, self.tag = self._between_text, self._between_tag
         function = {"name": name, "arguments": ""}
         call_id = f"{self._call_id_prefix}{self._call}"
         self._deltas.append(
@@ -279,14 +284,14 @@ class AnswerMachine:
         """Take what was read of a call without a good name for content, and what follows up to its end as well."""
         self._report(kind, detail, self._call_start)
         self._write_stray(TOOL_CALL + "".join(self._gap) + "".join(self._buffer))
-        self._text, self._tag = self._refused_text, self._refused_tag
+        self.text, self.tag = self._refused_text, self._refused_tag
 
     def _refused_text(self, text: str, position: int) -> None:
         self._write_stray(text)
 
-    def _refused_tag(self, tag: str) -> None:
+    def _refused_tag(self, tag: str, position: int) -> None:
         if tag == TOOL_CALL:
-            self._start_call()
+            self._start_call(position)
             return
         self._write_stray(tag)
         if tag == TOOL_CALL_END:
@@ -312,52 +317,70 @@ class AnswerMachine:
             text = body
         self._write_stray(text)
 
-    def _between_tag(self, tag: str) -> None:
-        self._check_gap()
+    def _between_tag(self, tag: str, position: int) -> None:
+        self._check_gap(position)
         self._in_stray = False
         if tag == ARG_KEY:
-            self._key_start = self._position
+            self._key_start = position
             self._buffer = []
-            self._text, self._tag = self._key_text, self._key_tag
+            self.text, self.tag = self._key_text, self._key_tag
         elif tag == TOOL_CALL_END:
             self._emit("arguments", "}")
             self._closed_calls.append(self._call)
             self._start_content()
         elif tag == TOOL_CALL:
-            self._report("unclosed_call", f"another call begins before {TOOL_CALL_END}", self._position, self._call)
-            self._start_call()
+            self._report("unclosed_call", f"another call begins before {TOOL_CALL_END}", position, self._call)
+            self._start_call(position)
         else:
-            self._report("stray_tag", f"{tag} between the arguments of a call", self._position, self._call)
+            self._report("stray_tag", f"{tag} between the arguments of a call", position, self._call)
             self._write_stray(tag)
             self._in_stray = True
 
-    def _check_gap(self) -> None:
+    def _check_gap(self, position: int) -> None:
         """Report, once a call, white space that neither template writes."""
-        gap, self._gap = "".join(self._gap), []
-        if self._expected_gap is not None and gap != self._expected_gap:
-            self._report("layout", "white space between the tags of a call", self._position, self._call)
+        expected, gap = self._expected_gap, self._gap
+        self._gap = []
+        if expected is not None and expected != "".join(gap):
+            self._report("layout", "white space between the tags of a call", position, self._call)
             self._expected_gap = None
 
     def _expect_newline(self) -> None:
         if self._expected_gap is not None:
             self._expected_gap = self._newline
 
+    @property
+    def between_arguments(self) -> bool:
+        """Whether an argument may begin here."""
+        return self.text == self._between_text
+
+    def argument(self, key: str, gap: str, value: str, position: int) -> None:
+        """Take a whole argument at once, with the white space before its value: quicker than its four tags."""
+        self._between_tag(ARG_KEY, position)
+        self._key = key
+        self._expect_newline()
+        self._gap = [gap]
+        self._check_gap(position + len(ARG_KEY) + len(key) + len(ARG_KEY_END) + len(gap))
+        self._start_value()
+        if value:
+            self._value_text(value, position)
+        self._value_tag(ARG_VALUE_END, position)
+
     # Calls: keys
 
     def _key_text(self, text: str, position: int) -> None:
         self._buffer.append(text)
 
-    def _key_tag(self, tag: str) -> None:
+    def _key_tag(self, tag: str, position: int) -> None:
         written = "".join(self._buffer)
         if tag == ARG_KEY_END:
             self._key = written
             self._expect_newline()
-            self._text, self._tag = self._after_key_text, self._after_key_tag
+            self.text, self.tag = self._after_key_text, self._after_key_tag
         else:
             self._report("unclosed_key", f"{tag} before {ARG_KEY_END}", self._key_start, self._call)
             self._write_stray(ARG_KEY + written)
             self._go_between()
-            self._tag(tag)
+            self.tag(tag, position)
 
     def _after_key_text(self, text: str, position: int) -> None:
         if text.strip(WHITE_SPACE):
@@ -367,13 +390,13 @@ class AnswerMachine:
         else:
             self._gap.append(text)
 
-    def _after_key_tag(self, tag: str) -> None:
+    def _after_key_tag(self, tag: str, position: int) -> None:
         if tag == ARG_VALUE:
-            self._check_gap()
+            self._check_gap(position)
             self._start_value()
         else:
             self._give_up_key()
-            self._tag(tag)
+            self.tag(tag, position)
 
     def _give_up_key(self) -> None:
         detail = f"no {ARG_VALUE} after the key {self._key[:80]!r}"
@@ -383,7 +406,7 @@ class AnswerMachine:
 
     def _go_between(self) -> None:
         self._gap = []
-        self._text, self._tag = self._between_text, self._between_tag
+        self.text, self.tag = self._between_text, self._between_tag
 
     # Calls: values
 
@@ -393,12 +416,15 @@ class AnswerMachine:
             self._report("duplicate_argument", f"the key {key[:80]!r} again", self._key_start, self._call)
         self._emit("arguments", f'{self._separator()}"{escape(key)}": ')
         self._keys.add(key)
-        self._value_kind = value_kind(self._parameters, key)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = value_kind(self._parameters, key)
+        self._value_kind = kind
         if self._value_kind == "string":
             self._emit("arguments", '"')
         self._buffer = []
         self.in_value = True
-        self._text, self._tag = self._value_text, self._value_tag
+        self.text, self.tag = self._value_text, self._value_tag
 
     def _separator(self) -> str:
         return ", " if self._keys else ""
@@ -414,7 +440,7 @@ class AnswerMachine:
                 self._value_kind = "string"
                 self._emit("arguments", '"' + escape(written))
 
-    def _value_tag(self, tag: str) -> None:
+    def _value_tag(self, tag: str, position: int) -> None:
         assert tag == ARG_VALUE_END, tag
         written = "".join(self._buffer)
         if self._value_kind == "string":
@@ -422,7 +448,7 @@ class AnswerMachine:
         elif self._value_kind == "nullable_string":
             self._emit("arguments", "null" if written == "null" else f'"{escape(written)}"')
         else:
-            converted = convert(written, "unknown" if self._value_kind == "unknown" else "json")
+            converted = convert(written, self._value_kind)
             self._emit("arguments", converted.json)
             if converted.problem:
                 self._report("not_json", f"{self._key[:80]!r} is {converted.problem}", self._key_start, self._call)
@@ -430,11 +456,11 @@ class AnswerMachine:
         self._expect_newline()
         self._go_between()
 
-    def _finish_arguments(self) -> None:
+    def _finish_arguments(self, state: Handler) -> None:
         """Put what was cut short in the arguments, as JSON text that does not close."""
-        if self._text == self._key_text:
+        if state == self._key_text:
             self._emit("arguments", f'{self._separator()}"{escape("".join(self._buffer))}')
-        elif self._text == self._after_key_text:
+        elif state == self._after_key_text:
             self._emit("arguments", f'{self._separator()}"{escape(self._key)}"')
-        elif self._text == self._value_text and self._value_kind != "string":
+        elif state == self._value_text and self._value_kind != "string":
             self._emit("arguments", f'"{escape("".join(self._buffer))}')

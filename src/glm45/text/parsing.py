@@ -33,7 +33,12 @@ GRAMMAR_TAGS = (THINK, THINK_END, TOOL_CALL, TOOL_CALL_END, ARG_KEY, ARG_KEY_END
 PROMPT_TAGS = (SYSTEM, ASSISTANT, TOOL_RESPONSE, TOOL_RESPONSE_END)
 """Tags that only prompts hold: stray wherever a model writes them."""
 TAGS = (*GRAMMAR_TAGS, *PROMPT_TAGS, *EOS_TOKENS)
-TAG_PATTERN = re.compile("|".join(map(re.escape, TAGS)))
+VALUE_ENDS = (ARG_VALUE_END, *EOS_TOKENS)
+TAG_PATTERN = re.compile(
+    r"</?(?:arg_(?:key|value)|t(?:ool_(?:call|response)|hink))>|<\|(?:user|observation|assistant|system|endoftext)\|>"
+)
+ARGUMENT_PATTERN = re.compile(r"<arg_key>([^<]*)</arg_key>([ \t\r\n]*)<arg_value>([^<]*)</arg_value>")
+assert all(TAG_PATTERN.fullmatch(tag) for tag in TAGS)
 TAG_STARTS = frozenset(tag[:length] for tag in TAGS for length in range(1, len(tag)))
 LONGEST_START = max(map(len, TAG_STARTS))
 
@@ -115,6 +120,7 @@ class StreamParser:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self._machine = AnswerMachine(tools, reasoning_open, call_id_prefix)
+        self._position = 0  # characters fed so far
         self._held = ""  # the end of the text so far, where it may be the start of a tag
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
@@ -122,23 +128,29 @@ class StreamParser:
     def feed(self, text: str) -> list[Delta]:
         """Take a piece of text and return what it completes. What may be the start of a tag waits for the next."""
         machine = self._machine
-        text = self._held + text
-        self._held = ""
+        offset = self._position - len(self._held)  # of `text` in the stream
+        self._position += len(text)
+        if self._held:
+            text = self._held + text
+            self._held = ""
+        elif text and "<" not in text:
+            machine.text(text, offset)
+            return machine.drain()
         at = 0
         while at < len(text):
-            if machine.in_value:
-                start = text.find(ARG_VALUE_END, at)
-                end = start + len(ARG_VALUE_END)
-            else:
-                match = TAG_PATTERN.search(text, at)
-                start, end = match.span() if match else (-1, -1)
-            if start < 0:
-                start = self._start_of_tag(text, at)
-                machine.take_text(text[at:start])
+            start, end = self._next_tag(text, at)
+            if start > at:
+                machine.text(text[at:start], offset + at)
+            if start == end:
                 self._held = text[start:]
                 break
-            machine.take_text(text[at:start])
-            machine.take_tag(text[start:end])
+            tag = text[start:end]
+            if tag == ARG_KEY and machine.between_arguments and (argument := ARGUMENT_PATTERN.match(text, start)):
+                key, gap, value = argument.groups()
+                machine.argument(key, gap, value, offset + start)
+                end = argument.end()
+            else:
+                self._take_tag(tag, offset + start)
             at = end
         return machine.drain()
 
@@ -150,33 +162,53 @@ class StreamParser:
         plain: list[int] = []
         for index in ids:
             tag = special.get(index)
-            ends_text = tag in (ARG_VALUE_END, *EOS_TOKENS) if machine.in_value else tag in TAGS
+            ends_text = tag in VALUE_ENDS if machine.in_value else tag in TAGS
             if tag is None or not ends_text:
                 plain.append(index)
                 continue
-            machine.take_text(self._decoder.feed(plain) + self._decoder.finish())
-            machine.take_tag(tag)
+            self._take_text(self._decoder.feed(plain) + self._decoder.finish())
+            self._take_tag(tag, self._position)
+            self._position += len(tag)
             plain = []
-        machine.take_text(self._decoder.feed(plain))
+        self._take_text(self._decoder.feed(plain))
         return machine.drain()
 
     def finish(self) -> list[Delta]:
         """End the stream: return what was held back, and report what is still open."""
-        self._machine.take_text(self._held + (self._decoder.finish() if self._decoder else ""))
+        self._position -= len(self._held)
+        self._take_text(self._held + (self._decoder.finish() if self._decoder else ""))
         self._held = ""
-        self._machine.finish()
+        self._machine.finish(self._position)
         return self._machine.drain()
+
+    def _take_text(self, text: str) -> None:
+        if text:
+            self._machine.text(text, self._position)
+            self._position += len(text)
+
+    def _take_tag(self, tag: str, position: int) -> None:
+        if tag in EOS_TOKENS:
+            self._machine.end_turn(tag, position)
+        else:
+            self._machine.tag(tag, position)
 
     @property
     def status(self) -> FormatStatus:
         """What was wrong with the format, so far."""
         return self._machine.status
 
-    def _start_of_tag(self, text: str, at: int) -> int:
-        """Return where the end of `text` may be the start of a tag, or its length."""
+    def _next_tag(self, text: str, at: int) -> tuple[int, int]:
+        """Return where the next tag starts and ends; without one, twice where the end may be the start of a tag."""
+        in_value = self._machine.in_value
+        if in_value:
+            start = text.find(ARG_VALUE_END, at)
+            if start >= 0:
+                return start, start + len(ARG_VALUE_END)
+        elif match := TAG_PATTERN.search(text, at):
+            return match.span()
         start = text.rfind("<", max(at, len(text) - LONGEST_START))
-        if start < 0:
-            return len(text)
-        tail = text[start:]
-        possible = ARG_VALUE_END.startswith(tail) if self._machine.in_value else tail in TAG_STARTS
-        return start if possible else len(text)
+        if start >= 0:
+            tail = text[start:]
+            if ARG_VALUE_END.startswith(tail) if in_value else tail in TAG_STARTS:
+                return start, start
+        return len(text), len(text)

@@ -147,3 +147,14 @@ def test_health_of_a_collapsed_router():
     assert health.busiest_share_L.item() == 1
     assert health.entropy_L.item() == 0
     assert health.dead_experts_L.item() == 9
+
+
+def test_the_models_balance_loss_is_the_sum_over_its_layers(make_model):
+    """As Megatron and DeepSeek-V3 add it: once a layer, with the same weight."""
+    model = make_model().train()
+    seen = []
+    for layer in model.moe_layers():
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output[1].balance_loss))
+    total = model(torch.arange(9)[None], mtp=True).router.balance_loss
+    assert len(seen) == 4
+    torch.testing.assert_close(total, sum(seen))

@@ -26,7 +26,7 @@ class RouterStatistics:
     loads_LE: torch.Tensor
     """Tokens that went to each expert, fp32, no gradient."""
     balance_loss: torch.Tensor
-    """Sequence-level balance loss, averaged over layers and sequences, not yet weighted; 0 in evaluation."""
+    """Sequence-level balance loss, summed over layers, not yet weighted; 0 in evaluation."""
     expert_ids: list[torch.Tensor]
     """The chosen experts `[M, K]` of each MoE layer; pass them to `forward` again for routing replay."""
 
@@ -252,7 +252,7 @@ class Glm45(nn.Module):
             nothing = torch.zeros(0, self.config.n_routed_experts, device=self.device)
             return RouterStatistics(nothing, nothing.sum(), [])
         loads, losses, expert_ids = zip(*routed, strict=True)
-        return RouterStatistics(torch.stack(loads), torch.stack(losses).mean(), list(expert_ids))
+        return RouterStatistics(torch.stack(loads), torch.stack(losses).sum(), list(expert_ids))
 
 
 def document_positions(tokens_BT: torch.Tensor, document_ids_BT: torch.Tensor | None) -> torch.Tensor:

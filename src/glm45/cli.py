@@ -115,6 +115,49 @@ def _data_report(options: argparse.Namespace) -> None:
     print(write_report(Path(options.folder)))
 
 
+def define_train(parser: argparse.ArgumentParser) -> None:
+    """`glm45 train RECIPE`: begin a run, or go on with it."""
+    parser.add_argument("recipe", help="demo, nano_cpu, one_gpu, air or full")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="dotted overrides of the recipe")
+    parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--dry-run", action="store_true", help="print stages, memory and time; train nothing")
+    parser.add_argument("--allow-change", action="store_true", help="go on although the recipe has changed")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: what pays)")
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from glm45.config import override
+    from glm45.recipes.catalogue import training_recipe
+    from glm45.training.command import dry_run, run_training
+    from glm45.training.run import Run
+
+    config = override(training_recipe(options.recipe), options.overrides)
+    folder = Path(options.folder or f"runs/{options.recipe}")
+    run = Run.open(folder, config, options.allow_change)
+    if options.dry_run:
+        dry_run(run)
+        return 0
+    arguments = ["train", options.recipe, *options.overrides, "--run", str(folder)]
+    return run_training(run, arguments + ["--allow-change"] * options.allow_change, options.processes)
+
+
+def define_export(parser: argparse.ArgumentParser) -> None:
+    """`glm45 export RUN OUT`: a run's weights in the hub layout."""
+    parser.add_argument("folder", metavar="RUN", help="run folder")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to export (default: the newest)")
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from glm45.training.command import export
+
+    source = export(Path(options.folder), Path(options.out), options.dtype, options.step)
+    print(f"wrote {source} to {options.out}")
+
+
 def define_chat(parser: argparse.ArgumentParser) -> None:
     """`glm45 chat render|parse`: messages to the model's text or ids, and the model's text to a message, as JSON."""
     parser.add_argument("target", help="'render' (messages to text) or 'parse' (text on standard input to a message)")
@@ -148,6 +191,8 @@ def _chat(options: argparse.Namespace) -> None:
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "data": (define_data, "build a corpus and report on it"),
     "inspect": (define_inspect, "show a model's parameters, operations and cache size"),
+    "train": (define_train, "pre-train and mid-train a recipe; the same command goes on with a run"),
+    "export": (define_export, "write a run's weights in the hub layout"),
     "chat": (define_chat, "render messages, or parse what a model wrote, to debug templates"),
 }
 

@@ -1,0 +1,132 @@
+"""What `glm45 train` and `glm45 export` do, once their arguments are read."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from glm45.model import hub
+from glm45.model.transformer import Glm45
+from glm45.training.checkpoint import committed_steps, load, path_of, training_tensors, verify
+from glm45.training.estimate import check_memory, estimate, measure_peak_flops
+from glm45.training.launch import default_processes, launch, started_by_torchrun
+from glm45.training.loop import RunStoppedError, load_tokenizer, train
+from glm45.training.run import Run
+from glm45.training.schedule import Plan, plot
+from glm45.training.state import choose_precision
+
+H100_BF16 = 989e12
+"""Dense bf16 operations a second of the GPU that estimates for other machines assume."""
+
+GPU_BYTES = 80e9
+"""Its memory."""
+
+
+def run_training(run: Run, arguments: list[str], processes: int | None) -> int:
+    """Train, in as many processes as are asked for or pay on this machine; return the exit status.
+
+    `arguments` are those of the command line, for the processes to be started.
+    """
+    if not started_by_torchrun():
+        # What a user can mend is told once, before there are many processes.
+        processes = processes or default_processes(run.config)
+        run.config.layout.resolve(processes)
+        available, where = available_memory()
+        check_memory(run.config, available / (1 if torch.cuda.is_available() else processes), where)
+        load_tokenizer(run.config)
+        if processes > 1:
+            return launch(arguments, processes)
+    try:
+        train(run)
+    except RunStoppedError as stopped:
+        print(stopped, flush=True)
+        return 128 + (stopped.signal or signal.SIGTERM)
+    return 0
+
+
+def dry_run(run: Run) -> None:
+    """Print what a run would do, and save the resolved configuration and a plot of its schedules."""
+    config, plan = run.config, Plan(run.config.stages)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = config.layout.world_size() == 1
+    dtype = getattr(torch, choose_precision(config, device))
+    peak = measure_peak_flops(device, dtype) if here else H100_BF16
+    console, table = Console(), Table("stage", "tokens", "steps", "length", "batch", "RoPE base", "MTP", "bias rate")
+    for number, stage in enumerate(config.stages):
+        table.add_row(
+            stage.name,
+            _short(stage.tokens),
+            f"{plan.stage_steps(number):,}",
+            f"{stage.sequence_length:,}",
+            _short(stage.batch_tokens),
+            f"{stage.rope_theta:,.0f}",
+            f"{stage.mtp_weight}",
+            f"{stage.router_bias_rate}",
+        )
+    console.print(table)
+    expected = estimate(config, peak)
+    size = sum(expected["bytes_per_rank"].values())
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in expected["bytes_per_rank"].items())
+    console.print(f"{expected['tokens']:,} tokens in {expected['steps']:,} steps, {expected['flops']:.2e} operations")
+    console.print(f"about {size / 1e9:.2f} GB a rank ({parts}), {expected['ranks']} ranks a copy")
+    where = "this machine" if here else "H100s"
+    console.print(f"about {expected['seconds'] / 3600:.2f} hours on {where} at {peak / 1e12:.2f} Tflop/s a rank")
+    if not here:
+        check_memory(config, GPU_BYTES, "a GPU of 80 GB")
+    run.write()
+    plot(config.stages, config.learning_rate, run.folder / "schedule.png")
+    console.print(f"wrote {run.folder / 'config.json'} and schedule.png")
+
+
+def export(folder: Path, out: Path, dtype: str, step: int | None) -> Path:
+    """Write a run's newest intact checkpoint, or that of `step`, in the hub layout, with its tokenizer.
+
+    Raises ValueError or FileNotFoundError for a run without such a checkpoint.
+    """
+    run = Run.read(folder)
+    steps = committed_steps(run.checkpoints)
+    if step is not None and step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+    chosen = step if step is not None else _newest_intact(run.checkpoints, steps)
+    model = Glm45(run.config.model)
+    load(path_of(run.checkpoints, chosen), training_tensors(model, []))
+    model.set_rope_theta(run.config.stages[-1].rope_theta)
+    tokenizer = load_tokenizer(run.config) if Path(run.config.data).exists() else None
+    if tokenizer is not None:
+        model.config = replace(model.config, eos_token_id=tokenizer.eos_token_ids)
+    hub.save(model, out, dtype=getattr(torch, dtype))
+    if tokenizer is not None:
+        tokenizer.save(out)
+    return path_of(run.checkpoints, chosen)
+
+
+def available_memory() -> tuple[float, str]:
+    """Return the bytes that a process may use and where they are."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory), "this GPU"
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return float("inf"), "this machine"
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return float(lines["MemAvailable"].split()[0]) * 1024, "this machine"
+
+
+def _short(number: float) -> str:
+    """Three digits with a unit: 67108864 is 67.1M."""
+    power = min(len(f"{number:.0f}") - 1, 12) // 3
+    return f"{number / 1000**power:.3g}{' kMGT'[power].strip()}"
+
+
+def _newest_intact(checkpoints: Path, steps: list[int]) -> int:
+    problems = []
+    for step in reversed(steps):
+        try:
+            verify(path_of(checkpoints, step))
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return step
+    raise FileNotFoundError(f"{checkpoints}: no intact checkpoint ({'; '.join(problems) or 'none was written'})")

@@ -1,0 +1,214 @@
+"""Muon: momentum whose update is orthogonalised, matrix by matrix (report section 2.4).
+
+S matrices of one shape, M and N their rows and columns.
+
+A parameter may hold many matrices: an expert stack, gate and up fused, the grouped rows of queries, keys and values.
+`split_matrices` says which; each is orthogonalised by itself, since the nearest orthogonal matrix of a fused one is
+another matrix (about half of the update would differ). Matrices of one shape are batched over the whole model.
+
+Sharded parameters (DTensors) are updated with whole matrices: a shard that holds whole experts works by itself;
+everything else is brought together by one all-to-all a shape, each rank then owning some of the matrices, and taken
+back by another.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Jordan et al. 2024). Not in the report, which gives the five steps alone."""
+
+EPSILON = 1e-7
+"""Smallest norm that a matrix is divided by. Not in the report; as in `torch.optim.Muon`."""
+
+BATCH_ELEMENTS = 1 << 24
+"""Elements orthogonalised at once: bounds the memory of the iteration on large models."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum, decoupled weight decay and updates of a fixed root-mean-square.
+
+    `lr` is in AdamW's units: the update of every matrix is scaled by `update_rms * sqrt(max(M, N))`, which gives an
+    orthogonal matrix of full rank the root-mean-square `update_rms` (`match_rms_adamw` in `torch.optim.Muon`, of
+    which this is the batched form). A parameter group may carry `layout`, "stack" or "qkv": see `split_matrices`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2.5e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        update_rms: float = 0.2,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "update_rms": update_rms,
+            "layout": "stack",
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim < 2:
+                    raise ValueError(f"Muon is for matrices; a parameter of shape {tuple(parameter.shape)} is none")
+                # Made now, so that a checkpoint can be loaded in place before the first step.
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            active = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if active:
+                self._step_group(group, active)
+
+    def _step_group(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [_local(parameter.grad) for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        torch._foreach_mul_([_local(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"])
+        buckets: dict[Any, list[Matrices]] = defaultdict(list)
+        for parameter, update in zip(parameters, updates, strict=True):
+            for matrices in split_matrices(parameter, update, group["layout"]):
+                buckets[matrices.bucket].append(matrices)
+        for bucket in buckets.values():
+            self._step_bucket(group, bucket)
+
+    def _step_bucket(self, group: dict[str, Any], bucket: "list[Matrices]") -> None:
+        rows, columns = bucket[0].shape
+        scale = -group["lr"] * group["update_rms"] * max(rows, columns) ** 0.5
+        for chunk in _chunks(bucket, rows * columns):
+            stacked_SMN = torch.cat([matrices.update_SMN for matrices in chunk])
+            orthogonal_SMN = _orthogonalize_stack(stacked_SMN, chunk[0], group["ns_steps"])
+            sizes = [matrices.update_SMN.shape[0] for matrices in chunk]
+            for matrices, update_SMN in zip(chunk, orthogonal_SMN.split(sizes), strict=True):
+                view = matrices.parameter_view
+                view.add_(update_SMN.reshape(view.shape).to(view.dtype), alpha=scale)
+
+
+def orthogonalize(x_SMN: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Return the matrices with their singular values brought near one (0.7 to 1.2), by Newton-Schulz iteration.
+
+    In bf16 on a GPU; in fp32 on a CPU, whose bf16 products are slower at these sizes. An all-zero matrix stays zero.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x_SMN.shape[-2] > x_SMN.shape[-1]
+    x_SMN = x_SMN.mT if tall else x_SMN
+    x_SMN = x_SMN / torch.linalg.matrix_norm(x_SMN, keepdim=True).clamp(min=EPSILON)
+    if x_SMN.is_cuda:
+        x_SMN = x_SMN.bfloat16()
+    for _ in range(steps):
+        gram_SMM = x_SMN @ x_SMN.mT
+        update_SMM = torch.baddbmm(gram_SMM, gram_SMM, gram_SMM, beta=b, alpha=c)
+        x_SMN = torch.baddbmm(x_SMN, update_SMM, x_SMN, beta=a)
+    return x_SMN.mT if tall else x_SMN
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices of one parameter that share a shape, as this rank holds them."""
+
+    shape: tuple[int, int]
+    """Rows and columns of one whole matrix."""
+    update_SMN: torch.Tensor
+    """The local part of their updates."""
+    parameter_view: torch.Tensor
+    """The local part of the parameter that they update, of any shape with the same elements in the same order."""
+    mesh: DeviceMesh | None
+    """The device mesh whose ranks hold parts of a matrix; None where this rank holds whole ones."""
+    placements: tuple[Placement, ...]
+    """How `[S, M, N]` is laid out over that mesh."""
+
+    @property
+    def bucket(self) -> Any:
+        """Matrices with equal buckets are orthogonalised together."""
+        return self.shape, self.update_SMN.shape[1:], self.mesh, self.placements
+
+
+def split_matrices(parameter: torch.Tensor, update: torch.Tensor, layout: str) -> list[Matrices]:
+    """Return the matrices of a parameter with the local part of their updates.
+
+    Layout "stack": the last two dimensions are a matrix, those before them count matrices. Layout "qkv":
+    `[K, G + 2, N, D]`, K groups of G query heads, a key head and a value head of size N: the matrices are those of
+    the separate projections, `[K * G * N, D]` for queries and `[K * N, D]` for keys and values.
+    """
+    local = _local(parameter)
+    mesh, placements = _matrix_sharding(parameter, layout)
+    if layout == "stack":
+        shape = (parameter.shape[-2], parameter.shape[-1])
+        stack = update.reshape(-1, *update.shape[-2:])
+        return [Matrices(shape, stack, local, mesh, placements)]
+    heads, group_rows, size, hidden = parameter.shape
+    found = []
+    for start, end in ((0, group_rows - 2), (group_rows - 2, group_rows - 1), (group_rows - 1, group_rows)):
+        shape = (heads * (end - start) * size, hidden)
+        rows = update[:, start:end].reshape(1, -1, update.shape[-1])
+        found.append(Matrices(shape, rows, local[:, start:end], mesh, placements))
+    return found
+
+
+def _matrix_sharding(parameter: torch.Tensor, layout: str) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
+    """Return the part of a parameter's mesh whose ranks hold parts of a matrix, and how `[S, M, N]` lies on it."""
+    if not isinstance(parameter, DTensor):
+        return None, ()
+    # Dimension of the parameter -> dimension of [S, M, N]; what is missing counts whole matrices.
+    rows_columns = {0: 1, 3: 2} if layout == "qkv" else {parameter.ndim - 2: 1, parameter.ndim - 1: 2}
+    mesh = parameter.device_mesh
+    sharded = []
+    for axis, placement in enumerate(parameter.placements):
+        dim = getattr(placement, "dim", None)
+        assert layout != "qkv" or dim in (None, 0, 3), "q, k and v are sharded by group or by hidden dimension"
+        if dim in rows_columns and mesh.size(axis) > 1:
+            assert type(placement) is Shard, f"{placement}: no dimension of a matrix may be sharded twice"
+            sharded.append((axis, Shard(rows_columns[dim])))
+    if not sharded:
+        return None, ()
+    if len(sharded) < mesh.ndim:
+        assert mesh.mesh_dim_names is not None
+        mesh = mesh[tuple(mesh.mesh_dim_names[axis] for axis, _ in sharded)]
+    return mesh, tuple(placement for _, placement in sharded)
+
+
+def _orthogonalize_stack(stacked_SMN: torch.Tensor, like: Matrices, steps: int) -> torch.Tensor:
+    if like.mesh is None:
+        return orthogonalize(stacked_SMN, steps)
+    shape = torch.Size((stacked_SMN.shape[0], *like.shape))
+    stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
+    stack = DTensor.from_local(stacked_SMN, like.mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    owned = [Shard(0)] * len(like.placements)
+    whole = stack.redistribute(placements=owned)
+    done_SMN = orthogonalize(whole.to_local(), steps).to(stacked_SMN.dtype)
+    done = DTensor.from_local(done_SMN.contiguous(), like.mesh, owned, run_check=False, shape=shape, stride=stride)
+    return done.redistribute(placements=like.placements).to_local()
+
+
+def _chunks(bucket: list[Matrices], matrix_elements: int) -> Iterable[list[Matrices]]:
+    """Cut a bucket into lists of at most `BATCH_ELEMENTS` elements of whole matrices, or single entries."""
+    chunk: list[Matrices] = []
+    held = 0
+    for matrices in bucket:
+        size = matrices.update_SMN.shape[0] * matrix_elements
+        if chunk and held + size > BATCH_ELEMENTS:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(matrices)
+        held += size
+    if chunk:
+        yield chunk
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,168 @@
+"""A run: the resolved configuration of everything `glm45 train` will do, and the folder where it lives."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from glm45.config import configuration, from_dict, to_dict
+from glm45.model.config import ModelConfig
+from glm45.training.checkpoint import Retention
+from glm45.training.evaluation import EvaluationConfig
+from glm45.training.guard import GuardConfig
+from glm45.training.health import HealthConfig
+from glm45.training.layout import Layout
+from glm45.training.optimizers import OptimizerConfig
+from glm45.training.schedule import LearningRate
+from glm45.training.stages import Stage
+
+MAY_CHANGE = ("layout.", "micro_batch_tokens", "activation_checkpointing", "log_every", "tracker", "data")
+"""Fields that a resumed run may have otherwise than it began: they do not change what is computed (beyond rounding).
+The data folder may have moved; its tokenizer is compared."""
+
+
+@configuration
+class TrainConfig:
+    """A whole training run: pre-training, mid-training or SFT. Recipes are functions that return one."""
+
+    name: str
+    """The recipe's name."""
+    model: ModelConfig
+    """Shape of the model."""
+    stages: tuple[Stage, ...]
+    """What to train on, one after another."""
+    data: str = "data"
+    """The data folder: manifest, tokenizer, shards."""
+    initial_weights: str = ""
+    """Hub folder of the model to begin with; empty for random weights."""
+    seed: int = 0
+    """Root seed of weights, data order and samples."""
+    learning_rate: LearningRate = LearningRate()
+    """Schedule over the tokens of all stages."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Muon and AdamW."""
+    balance_weight: float = 1e-4
+    """Weight of the sequence-level balance loss (report section 2.4)."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward pass of one rank, at least one row. Bounds memory; the result is the same."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products and activations; auto takes bf16 on a GPU, and on a CPU where a probe finds it faster."""
+    activation_checkpointing: bool = False
+    """Whether activations are recomputed in backward instead of kept."""
+    guard: GuardConfig = GuardConfig()
+    """Skipping bad batches and going back."""
+    checkpoints: Retention = Retention()
+    """When checkpoints are written and kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out loss and generated samples."""
+    health: HealthConfig = HealthConfig()
+    """Router health, update norms, attention logits."""
+    layout: Layout = Layout()
+    """How the run is spread over processes."""
+    log_every: int = 10
+    """Steps between lines on screen, in TensorBoard and in the tracker; `metrics.jsonl` has every step."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """A further place that metrics go to."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages is empty: a run needs at least one stage")
+        longest = max(stage.sequence_length for stage in self.stages)
+        if longest > self.model.max_position_embeddings:
+            raise ValueError(
+                f"a stage has sequence_length {longest}, model.max_position_embeddings is "
+                f"{self.model.max_position_embeddings}: raise that or shorten the stage"
+            )
+        self.layout.check(self.model, [stage.sequence_length for stage in self.stages])
+
+
+class Run:
+    """A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `timings.jsonl`, `checkpoints/`, `samples/`."""
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def open(cls, folder: Path | str, config: TrainConfig, allow_change: bool = False) -> "Run":
+        """Begin a run in `folder`, or go on with the one that is there.
+
+        Raises ValueError, with the differences, if the folder holds a run of another recipe, unless `allow_change`.
+        """
+        folder = Path(folder)
+        saved = folder / "config.json"
+        if saved.exists():
+            before = json.loads(saved.read_text())
+            changes = [change for change in _differences(before, to_dict(config)) if not change.startswith(MAY_CHANGE)]
+            if changes and not allow_change:
+                raise ValueError(
+                    f"{folder} holds a run with another recipe: {'; '.join(changes)}. Use another --run folder, or "
+                    "--allow-change to go on with the new values"
+                )
+        return cls(folder, config)
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "Run":
+        """Return the run in `folder` as it was begun. Raises FileNotFoundError if there is none."""
+        saved = Path(folder) / "config.json"
+        if not saved.exists():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
+        return cls(Path(folder), from_dict(TrainConfig, json.loads(saved.read_text())))
+
+    def write(self) -> None:
+        """Make the folder and save what will run; a changed recipe keeps the old one beside it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        path, text = self.folder / "config.json", json.dumps(to_dict(self.config), indent=1, ensure_ascii=False)
+        if path.exists() and path.read_text() != text:
+            number = len(list(self.folder.glob("config.*.json")))
+            os.replace(path, self.folder / f"config.{number}.json")
+        _write_atomically(path, text)
+        _write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield "dotted.path: old -> new" for every value that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, pair in enumerate(zip(before, after, strict=True)):
+            yield from _differences(*pair, f"{path}.{index}")
+    elif before != after:
+        yield f"{path}: {before!r} -> {after!r}"
+
+
+def _environment() -> dict[str, Any]:
+    """Return what the run's result may depend on and its configuration does not say."""
+    packages = {}
+    for name in ("glm45", "torch", "numpy", "tokenizers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "command": sys.argv,
+        "git": git.stdout.strip() or "not a git checkout",
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": packages,
+    }
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -25,6 +25,13 @@ def lines(texts):
     return "".join(json.dumps({"text": text, "id": str(n), "metadata": {}}) + "\n" for n, text in enumerate(texts))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(TEXTS, 310).save(path)
+    return path
+
+
 @pytest.fixture
 def documents(tmp_path):
     """Three datasets in plain, gzip and multi-frame zstd files."""
@@ -64,11 +71,13 @@ def test_the_number_of_workers_changes_no_byte(documents, tmp_path, monkeypatch)
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
-def test_lines_that_cannot_be_read_are_counted(documents, tmp_path):
+def test_lines_that_cannot_be_read_are_counted(documents, tmp_path, trained):
     bad = ["not json", '["list"]', '{"id": 1}', '{"text": ""}', '{"text": 5}', '{"text": "\\ud800"}', '{"text": "ok"}',
            '{"messages": [{"role": "wizard", "content": "x"}]}', "\udcff{}"]  # fmt: skip
     (documents / "bad.high.jsonl").write_bytes("\n".join(bad).encode("utf-8", "surrogateescape"))
-    entry = tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1)["datasets"]["bad.high"]
+    entry = tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)["datasets"][
+        "bad.high"
+    ]
     rejected = {reason: value["documents"] for reason, value in entry["rejected"].items()}
     assert entry["documents"] == 1
     assert {reason: count for reason, count in rejected.items() if "message" not in reason or "neither" in reason} == {
@@ -78,15 +87,15 @@ def test_lines_that_cannot_be_read_are_counted(documents, tmp_path):
         "not Unicode": 2,
     }
     assert sum(rejected.values()) == 8
-    assert entry["rejected"]["not JSON"]["examples"] == ["bad.high.jsonl:1"]
+    assert entry["rejected"]["not JSON"]["examples"] == ["bad.high.jsonl, line 1"]
 
 
-def test_special_tokens_are_placed_only_where_the_document_says_so(documents, tmp_path):
+def test_special_tokens_are_placed_only_where_the_document_says_so(documents, tmp_path, trained):
     text = "<|code_prefix|>def f():<|code_suffix|>\n<|code_middle|> pass <|user|>"
     fim = ["<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"]
     rows = [{"text": text, "metadata": {"special_tokens": fim}}, {"text": text, "metadata": {}}]
     (documents / "fim.high.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1)
+    tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)
     tokenizer, shard = Tokenizer.load(tmp_path / "out" / "tokenizer"), Shard(tmp_path / "out" / "shards" / "fim.high")
     specials = [[token for token in shard[i].tolist() if token in tokenizer.special_tokens] for i in range(2)]
     end = tokenizer.special_id("<|endoftext|>")
@@ -94,9 +103,9 @@ def test_special_tokens_are_placed_only_where_the_document_says_so(documents, tm
     assert [tokenizer.decode(shard[i].tolist()[:-1]) for i in range(2)] == [text, text]
 
 
-def test_chats_are_rendered(documents, tmp_path):
+def test_chats_are_rendered(documents, tmp_path, trained):
     (documents / "chat.high.jsonl").write_text(json.dumps({"messages": MESSAGES}))
-    tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1)
+    tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
     expected = [*render_tokens(MESSAGES, tokenizer).ids, tokenizer.special_id("<|endoftext|>")]
     assert Shard(tmp_path / "out" / "shards" / "chat.high")[0].tolist() == expected
@@ -108,10 +117,9 @@ def test_held_out_text_does_not_train_the_tokenizer(documents, tmp_path):
     assert len(Tokenizer.load(tmp_path / "out" / "tokenizer").encode("xyzzyxyzzy")) == 10
 
 
-def test_a_given_tokenizer_is_used(documents, tmp_path):
-    Tokenizer.train(TEXTS, 310).save(tmp_path / "mine")
-    entries = tokenize_folder(documents, tmp_path / "out", vocab_size=999, workers=1, tokenizer=tmp_path / "mine")
-    assert entries["tokenizer"]["fingerprint"] == Tokenizer.load(tmp_path / "mine").fingerprint
+def test_a_given_tokenizer_is_used(documents, tmp_path, trained):
+    entries = tokenize_folder(documents, tmp_path / "out", vocab_size=999, workers=1, tokenizer=trained)
+    assert entries["tokenizer"]["fingerprint"] == Tokenizer.load(trained).fingerprint
 
 
 def test_a_second_run_keeps_what_is_finished_and_repairs_what_is_not(documents, tmp_path):
@@ -125,10 +133,12 @@ def test_a_second_run_keeps_what_is_finished_and_repairs_what_is_not(documents, 
     assert (out / "shards" / "code.high.bin").stat().st_ino == kept
 
 
-def test_changed_documents_are_tokenized_again(documents, tmp_path):
-    entries = [tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1) for _ in range(1)]
+def test_changed_documents_are_tokenized_again(documents, tmp_path, trained):
+    entries = [
+        tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained) for _ in range(1)
+    ]
     (documents / "code.high-00001.jsonl").write_text(lines(TEXTS[100:150]))
-    entries.append(tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1))
+    entries.append(tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained))
     assert [entry["datasets"]["code.high"]["documents"] for entry in entries] == [180, 130]
 
 
@@ -155,18 +165,29 @@ def test_a_killed_run_leaves_nothing_that_is_trusted_and_is_continued(documents,
 
 
 @pytest.mark.parametrize("name", ["code.high-00000.jsonl.gz", "my-web.medium.00000.jsonl.zst"])
-def test_a_document_file_that_is_cut_short_is_refused(documents, tmp_path, name):
+def test_a_document_file_that_is_cut_short_is_refused(documents, tmp_path, name, trained):
     data = (documents / name).read_bytes()
     (documents / name).write_bytes(data[: len(data) - 10])
     with pytest.raises(ValueError, match=f"{name} is cut short or damaged"):
-        tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1)
+        tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)
 
 
-def test_a_source_that_gives_nothing_is_refused(documents, tmp_path):
+def test_a_source_that_gives_nothing_is_refused(documents, tmp_path, trained):
     (documents / "void.high.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match=r"void\.high: no documents in void\.high\.jsonl: \{'empty text': 1\}"):
-        tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1)
+        tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_folder_of_files_is_a_dataset(tmp_path, trained):
+    """The layout that the corpus pipeline writes."""
+    (tmp_path / "documents" / "code.high").mkdir(parents=True)
+    for number in range(3):
+        data = lines(TEXTS[number * 100 : number * 100 + 100]).encode()
+        (tmp_path / "documents" / "code.high" / f"{number:05d}.jsonl.zst").write_bytes(zstandard.compress(data))
+    tokenize_folder(tmp_path / "documents", tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)
+    tokenizer, shard = Tokenizer.load(tmp_path / "out" / "tokenizer"), Shard(tmp_path / "out" / "shards" / "code.high")
+    assert [tokenizer.decode(shard[i].tolist()[:-1]) for i in range(len(shard))] == TEXTS
 
 
 def test_names_of_document_files(tmp_path):
@@ -174,7 +195,7 @@ def test_names_of_document_files(tmp_path):
         (tmp_path / name).touch()
     assert {name: len(paths) for name, paths in find_datasets(tmp_path).items()} == {"a.high": 3, "b-c.d.low": 1}
     (tmp_path / "nobucket.jsonl").touch()
-    with pytest.raises(ValueError, match=r"must be <source>\.<bucket>\.jsonl"):
+    with pytest.raises(ValueError, match=r"must be <source>\.<bucket>"):
         find_datasets(tmp_path)
 
 

@@ -37,13 +37,15 @@ TOKENIZER_SAMPLE = 20_000_000
 CHUNK = 1 << 20  # bytes of lines that a worker encodes at once
 COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
 NUM_EXAMPLES = 5  # rejected documents named in the manifest for each reason
-FILE_NAME = re.compile(r"(?P<dataset>[^/]+?\.[A-Za-z]\w*?)(?:[-_.]\d+)*\.jsonl(?P<packed>\.zst|\.gz)?")
+DATASET_NAME = re.compile(r"(?P<dataset>.+?\.[A-Za-z]\w*?)(?:[-_.]\d+)*")
 
 
 def tokenize_folder(
     documents_dir: Path, out_dir: Path, *, vocab_size: int, workers: int, tokenizer: Path | None = None
 ) -> dict[str, Any]:
-    """Tokenize every `<source>.<bucket>*.jsonl[.zst|.gz]` of a folder and return the manifest's entries.
+    """Tokenize the datasets of a folder of documents (see `find_datasets`) and return the manifest's entries.
+
+    Document files are `.jsonl`, `.jsonl.zst` or `.jsonl.gz`.
 
     Trains a tokenizer of `vocab_size` on what is not held out, unless the folder of one is given. Writes
     `tokenizer/`, `shards/<dataset>.bin|.idx` and, last, `manifest.json`. The result does not depend on `workers`. A
@@ -56,7 +58,10 @@ def tokenize_folder(
     if workers < 1:
         raise ValueError(f"workers = {workers}: at least 1 is needed")
     datasets = find_datasets(documents_dir)
-    digests = {name: {path.name: _digest(path) for path in paths} for name, paths in datasets.items()}
+    digests = {
+        name: {str(path.relative_to(documents_dir)): _digest(path) for path in paths}
+        for name, paths in datasets.items()
+    }
     size = sum(_text_size(path) for paths in datasets.values() for path in paths)
     require_disk(out_dir, size)  # two or four bytes a token of three or four characters
     progress = _Progress(out_dir / "shards" / "progress.json")
@@ -86,16 +91,19 @@ def tokenize_folder(
 def find_datasets(documents_dir: Path) -> dict[str, list[Path]]:
     """Return the document files of every dataset, both sorted by name.
 
-    Raises ValueError if there are none, or for a `.jsonl` file whose name says no source and bucket.
+    A dataset is a folder `<source>.<bucket>/` of files, or the files `<source>.<bucket>*`. Raises ValueError if there
+    are none, or for a file or folder of documents whose name says no source and bucket.
     """
     datasets: dict[str, list[Path]] = {}
     for path in sorted(documents_dir.iterdir()) if documents_dir.is_dir() else ():
-        if named := FILE_NAME.fullmatch(path.name):
-            datasets.setdefault(named["dataset"], []).append(path)
-        elif ".jsonl" in path.suffixes:
-            raise ValueError(f"{path}: the name must be <source>.<bucket>.jsonl, such as web.high.jsonl.zst")
+        files = sorted(path.glob("*.jsonl*")) if path.is_dir() else [path] if ".jsonl" in path.suffixes else []
+        name = DATASET_NAME.fullmatch(path.name if path.is_dir() else path.name.partition(".jsonl")[0])
+        if files and name:
+            datasets.setdefault(name["dataset"], []).extend(files)
+        elif files:
+            raise ValueError(f"{path}: the name must be <source>.<bucket>, such as web.high.jsonl.zst")
     if not datasets:
-        raise ValueError(f"{documents_dir} holds no <source>.<bucket>.jsonl files: build the documents first")
+        raise ValueError(f"{documents_dir} holds no <source>.<bucket> documents: build them first")
     return dict(sorted(datasets.items()))
 
 
@@ -152,10 +160,12 @@ def _parts(line: bytes, encoder: WordEncoder) -> list[str | bytes]:
     special = (document.get("metadata") or {}).get("special_tokens")
     if not special:
         return [text]
-    pieces = re.split(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", text)
-    ids = [encoder.to_bytes([encoder.tokenizer.special_id(piece)]) for piece in pieces[1::2]]
-    parts: list[str | bytes] = [part for pair in zip(pieces[::2], [*ids, b""], strict=True) for part in pair]
-    return [part for part in parts if part]
+    from glm45.corpus.document import split_special  # imports datatrove
+
+    return [
+        encoder.to_bytes([encoder.tokenizer.special_id(piece)]) if is_special else piece
+        for piece, is_special in split_special(text, special)
+    ]
 
 
 def _reason(error: ValueError) -> str:
@@ -228,7 +238,7 @@ def _tokenize_dataset(paths: Sequence[Path], prefix: Path, encoders: _Encoders, 
                 for number, reason in chunk.rejected:
                     counts[reason] += 1
                     if len(shown := examples.setdefault(reason, [])) < NUM_EXAMPLES:
-                        shown.append(f"{path.name}:{first_line + number}")
+                        shown.append(f"{path.name}, line {first_line + number}")
                 first_line += chunk.num_lines
         if not writer.num_documents:
             raise ValueError(f"{prefix.name}: no documents in {', '.join(path.name for path in paths)}: {dict(counts)}")

@@ -22,6 +22,7 @@ FLOORS = [
     "text",
     "model",
     "kernels",
+    "page",
     "pipeline",
     "seeds",
     "config",

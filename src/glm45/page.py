@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 SERIES = ("#3b82f6", "#e8710a", "#15a37f", "#c2418f", "#8b6cef", "#a3820b", "#0e9bb5", "#dc4a3d")
 """Colours of series, distinguishable by people who do not see red and green, on white and on near-black."""
@@ -156,7 +157,7 @@ def heat_map(rows: Sequence[Sequence[float]], title: str, x: str, y: str, *, ext
     axes.set_yticks(range(len(rows)))
     bar = figure.colorbar(image, ax=axes, fraction=0.05)
     bar.ax.tick_params(colors=INK, labelsize=7)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _svg(figure)
 
 
@@ -176,7 +177,7 @@ def histogram(values: Sequence[float], title: str, x: str, *, log_x: bool = Fals
     return _svg(figure)
 
 
-def _axes(title: str, x: str, y: str, height: float = 2.7):  # type: ignore[no-untyped-def]  # matplotlib's figure and axes
+def _axes(title: str, x: str, y: str, height: float = 2.7) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, height), layout="constrained")
@@ -193,7 +194,7 @@ def _axes(title: str, x: str, y: str, height: float = 2.7):  # type: ignore[no-u
     return figure, axes
 
 
-def _svg(figure) -> str:  # type: ignore[no-untyped-def]  # a matplotlib Figure
+def _svg(figure: Any) -> str:
     """Return a figure as inline SVG in the page's colours; equal figures give equal text."""
     import matplotlib as mpl
 

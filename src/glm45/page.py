@@ -219,7 +219,8 @@ STYLE = """
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
 header,main{max-width:1180px;margin:0 auto;padding:0 20px}header{position:relative;padding-top:28px}
 h1{font-size:1.7rem;margin:0}header p{color:var(--soft);margin:.2rem 0 1rem}
-nav{display:flex;flex-wrap:wrap;gap:.2rem .9rem;border-bottom:1px solid var(--rule);padding-bottom:.8rem;font-size:.88rem}
+nav{display:flex;flex-wrap:wrap;gap:.2rem .9rem;border-bottom:1px solid var(--rule);padding-bottom:.8rem;
+font-size:.88rem}
 a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
 h2{font-size:1.25rem;margin:2.4rem 0 .4rem;padding-top:.4rem}h3{font-size:1rem;margin:1.4rem 0 .3rem}
 p{max-width:78ch}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px}

@@ -42,7 +42,12 @@ def toy_data(tmp_path_factory):
 
 
 @pytest.fixture
-def toy_recipe(toy_data):
+def toy_recipe(toy_recipe_factory):
+    return toy_recipe_factory
+
+
+@pytest.fixture(scope="session")
+def toy_recipe_factory(toy_data):
     """A run of 24 steps in two stages that takes seconds; dotted overrides change it."""
 
     def make(*overrides):
@@ -74,7 +79,7 @@ def toy_recipe(toy_data):
             data=str(toy_data),
             learning_rate=LearningRate(peak=5e-3, final=5e-4, warmup_fraction=0.1),
             micro_batch_tokens=64,
-            checkpoints=Retention(every=5, keep_last=2),
+            checkpoints=Retention(every=3, keep_last=2),
             evaluation=EvaluationConfig(every=10, rows=2, prompts=("the sum",), sample_tokens=4),
             health=HealthConfig(every=8, probe_tokens=32),
         )

@@ -35,7 +35,8 @@ def rendered(
         conversation = conversation.get("messages")
     if not isinstance(conversation, list):
         raise ValueError("the messages are neither a JSON list nor an object with a list 'messages'")
-    prompt = bool(conversation) and conversation[-1].get("role") != "assistant"
+    last = conversation[-1] if conversation else None
+    prompt = not (isinstance(last, dict) and last.get("role") == "assistant")
     text = render(
         conversation, tools=tools, enable_thinking=enable_thinking, add_generation_prompt=prompt, dialect=dialect
     )

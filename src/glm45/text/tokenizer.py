@@ -99,10 +99,8 @@ class Tokenizer:
         )
         trained = cls(tokenizer.to_str(pretty=True))
         if trained.vocab_size < vocab_size:
-            warnings.warn(
-                f"it gave {trained.vocab_size} tokens, not {vocab_size}: no more pairs occur {min_frequency} times",
-                stacklevel=2,
-            )
+            found = f"the stream gave {trained.vocab_size} tokens of {vocab_size}"
+            warnings.warn(f"{found}: no more pairs occur {min_frequency} times", stacklevel=2)
         return trained
 
     def save(self, folder: str | Path) -> None:

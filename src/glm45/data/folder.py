@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from glm45.data.mixture import HELD_OUT
-from glm45.data.shards import Documents, Shard, bin_path, verify
+from glm45.data.shards import Documents, Shard, verify
 
 MANIFEST = "manifest.json"
 
@@ -25,7 +26,7 @@ class DataFolder:
 
     @classmethod
     def open(cls, path: Path | str, *, check: bool = True) -> "DataFolder":
-        """Open the data folder at `path`; `check` compares every shard's checksum (about 1.5 GB/s, see benchmarks).
+        """Open the data folder at `path`; `check` reads every shard and compares its checksum, on all cores.
 
         Raises FileNotFoundError without a manifest, ValueError for a shard that is missing, cut short or damaged.
         """
@@ -37,14 +38,10 @@ class DataFolder:
         if "datasets" not in manifest:
             raise ValueError(f"{manifest_path} lists no datasets: the build was not finished, run it again")
         shards = path / "shards"
-        datasets = {}
-        for name, entry in manifest["datasets"].items():
-            if check:
-                verify(shards, entry)
-            elif not bin_path(shards / name).exists():
-                raise ValueError(f"{bin_path(shards / name)} is in the manifest and not on disk: build the data again")
-            datasets[name] = Shard(shards / name)
-        return cls(datasets, manifest)
+        if check:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda entry: verify(shards, entry), manifest["datasets"].values()))
+        return cls({name: Shard(shards / name) for name in manifest["datasets"]}, manifest)
 
     @property
     def held_out(self) -> dict[str, str]:

@@ -68,7 +68,7 @@ class Loader:
     ) -> None:
         if sequence_length < 2:
             raise ValueError(f"sequence_length = {sequence_length}: a row needs at least 2 tokens")
-        self.folder = open_folder(folder)
+        self.folder, self.mixture = open_folder(folder), mixture
         self.sequence_length, self.packing, self.seed, self.long = sequence_length, packing, seed, long
         self.shares = shares(mixture, self.folder.tokens)
         self._start = dict(start or {})
@@ -107,8 +107,8 @@ class Loader:
         }
 
     def epochs(self, num_rows: int) -> dict[str, float]:
-        """Return how many times `num_rows` rows read each dataset."""
-        return epochs(self.shares, self.folder.tokens, num_rows * self.sequence_length)
+        """Return how many times `num_rows` rows read each dataset; see `glm45.data.mixture.epochs`."""
+        return epochs(self.mixture, self.folder.tokens, num_rows * self.sequence_length)
 
     def num_long(self) -> dict[str, int]:
         """Return for each dataset how many documents are longer than a row: best-fit packing splits or drops them."""

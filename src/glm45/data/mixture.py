@@ -73,21 +73,17 @@ def shares(mixture: Mixture | Mapping[str, float], tokens: Mapping[str, int]) ->
     return dict(sorted(result.items()))
 
 
-def epochs(share: Mapping[str, float], tokens: Mapping[str, int], stage_tokens: int) -> dict[str, float]:
-    """Return how many times a stage of `stage_tokens` reads each dataset."""
-    return {name: fraction * stage_tokens / tokens[name] for name, fraction in share.items()}
+def epochs(mixture: Mixture | Mapping[str, float], tokens: Mapping[str, int], stage_tokens: int) -> dict[str, float]:
+    """Return how many times a stage of `stage_tokens` reads each dataset.
 
-
-def check_epochs(mixture: Mixture | Mapping[str, float], tokens: Mapping[str, int], stage_tokens: int) -> None:
-    """Raise ValueError if a stage of `stage_tokens` reads a dataset more often than the mixture's `max_epochs`."""
-    if not isinstance(mixture, Mixture) or mixture.max_epochs is None:
-        return
-    count = epochs(shares(mixture, tokens), tokens, stage_tokens)
-    over = {name: f"{value:.2f}" for name, value in count.items() if value > mixture.max_epochs}
+    Raises ValueError where that is more often than the mixture's `max_epochs`.
+    """
+    count = {name: share * stage_tokens / tokens[name] for name, share in shares(mixture, tokens).items()}
+    limit = mixture.max_epochs if isinstance(mixture, Mixture) else None
+    over = {name: f"{value:.2f}" for name, value in count.items() if limit is not None and value > limit}
     if over:
-        raise ValueError(
-            f"max_epochs = {mixture.max_epochs}, and {stage_tokens} tokens read {over}: lower their weight"
-        )
+        raise ValueError(f"max_epochs = {limit}, and {stage_tokens} tokens read {over}: lower their weight")
+    return count
 
 
 class Interleaver:

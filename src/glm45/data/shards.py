@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -137,7 +137,7 @@ class ShardWriter:
             put(np.arange(first, min(first + CHUNK, self.num_documents + 1), dtype=np.int64).data)
         return digest
 
-    def _chunks_of_lengths(self) -> Any:
+    def _chunks_of_lengths(self) -> Iterator[bytes]:
         self._lengths.seek(0)
         while chunk := self._lengths.read(4 * CHUNK):
             yield chunk

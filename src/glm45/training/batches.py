@@ -25,10 +25,12 @@ class Batches:
     def __init__(self, config: TrainConfig, plan: Plan, folder: DataFolder, world: World) -> None:
         self.folder, self.plan, self.world = folder, plan, world
         self.loaders: list[Loader] = []
+        self.epochs: list[dict[str, float]] = []  # how many times each stage reads each dataset
         for number, stage in enumerate(config.stages):
             before = self.loaders[-1].cursors(plan.stage_rows(number - 1)) if self.loaders else None
             loader = Loader(folder, stage.mixture, stage.sequence_length, stage.packing, config.seed, start=before)
             self.loaders.append(loader)
+            self.epochs.append(loader.epochs(plan.stage_rows(number)))
         _check_divisible(plan, world.num_data_ranks)
 
     def read(self, index: int) -> Rows:

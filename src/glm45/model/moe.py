@@ -113,8 +113,12 @@ class MoE(nn.Module):
         counts_BE = count_loads(expert_ids_MK, valid_BT, scores_ME.shape[1])
         balance_loss = counts_BE.new_zeros(())
         if self.training and torch.is_grad_enabled():
-            balance_loss = sequence_balance_loss(scores_ME, counts_BE, valid_BT)
+            balance_loss = self.balance_loss(scores_ME, counts_BE, valid_BT)
         return out_MD.view_as(x_BTD), RouterOutput(counts_BE.sum(0), balance_loss, expert_ids_MK)
+
+    def balance_loss(self, scores_ME: torch.Tensor, counts_BE: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+        """Return the sequence-level balance loss; context parallelism, which sees parts of sequences, replaces it."""
+        return sequence_balance_loss(scores_ME, counts_BE, valid_BT)
 
 
 @torch.no_grad()
@@ -128,17 +132,21 @@ def count_loads(expert_ids_MK: torch.Tensor, valid_BT: torch.Tensor, num_experts
     return counts.index_add(0, slots_MK.flatten(), ones_MK.flatten()).view(batch_size, num_experts)
 
 
-def sequence_balance_loss(scores_ME: torch.Tensor, counts_BE: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+def sequence_balance_loss(
+    scores_ME: torch.Tensor, counts_BE: torch.Tensor, valid_BT: torch.Tensor, lengths_B: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the mean over sequences of `sum_i f_i P_i` (report section 2.4, DeepSeek-V3's form).
 
     `f_i` is expert i's share of the sequence's routed tokens, times E, so that balance gives 1; `P_i` is the mean of
     its score, normalised over the experts. Perfect balance gives 1; a sequence of padding only counts as 0.
+    Given parts of sequences with the `counts` and `lengths` (valid tokens) of the whole ones, it gives their part.
     """
     num_experts = scores_ME.shape[1]
+    lengths_B = valid_BT.sum(1) if lengths_B is None else lengths_B
     shares_ME = scores_ME / (scores_ME.sum(-1, keepdim=True) + 1e-20)
     shares_BTE = shares_ME.view(*valid_BT.shape, num_experts) * valid_BT.unsqueeze(-1)
     f_BE = num_experts * counts_BE / counts_BE.sum(-1, keepdim=True).clamp(min=1)
-    p_BE = shares_BTE.sum(1) / valid_BT.sum(1, keepdim=True).clamp(min=1)
+    p_BE = shares_BTE.sum(1) / lengths_B.unsqueeze(-1).clamp(min=1)
     return (f_BE * p_BE).sum(-1).mean()
 
 

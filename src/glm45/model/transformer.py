@@ -188,7 +188,7 @@ class Glm45(nn.Module):
         if mtp:
             assert self.mtp is not None
             next_BT, has_next_BT = shift_left(tokens_BT, document_ids)
-            next_BTD = self.embed(next_BT) * has_next_BT.unsqueeze(-1)
+            next_BTD = self.embed(next_BT, has_next_BT)
             arguments = (next_BTD, hidden_BTD, where, cache, next(replay) if replay is not None else None)
             if checkpoint:
                 mtp_hidden_BTD, decided = checkpointed(self.mtp, *arguments, use_reentrant=False)
@@ -218,10 +218,15 @@ class Glm45(nn.Module):
         drafted_BTD, _ = self.mtp(self.embed(next_tokens_BT), hidden_BTD, where, cache)
         return self.lm_head(drafted_BTD), drafted_BTD
 
-    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream's start: embeddings in fp32, or fp64 if the parameters are."""
+    def embed(self, tokens_BT: torch.Tensor, kept_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the residual stream's start: embeddings in fp32, or fp64 if the parameters are.
+
+        They are zero where `kept` is false. Sequence parallelism replaces this method by one that returns its part
+        of the tokens.
+        """
         rows_BTD = nn.functional.embedding(tokens_BT, self.embed_tokens.weight)
-        return rows_BTD.to(torch.promote_types(rows_BTD.dtype, torch.float32))
+        rows_BTD = rows_BTD.to(torch.promote_types(rows_BTD.dtype, torch.float32))
+        return rows_BTD if kept_BT is None else rows_BTD * kept_BT.unsqueeze(-1)
 
     def update_router_bias(self, loads_LE: torch.Tensor, rate: float) -> None:
         """Apply loss-free balance to every MoE layer, with loads already summed over micro-batches and ranks."""

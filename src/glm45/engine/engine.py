@@ -339,7 +339,7 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not (self._commands or self._closed or self._can_step()):
+                while not (self._commands or self._closed or self._can_step() or self._is_at_boundary()):
                     self._wake.wait()
                 commands, self._commands = self._commands, deque()
                 closed = self._closed
@@ -348,14 +348,18 @@ class Engine:
             if closed:
                 for request_id in list(self._core.jobs):
                     self._core.abort(request_id)
-            if self._at_boundary is not None and not self._core.scheduler.running:
+            if self._is_at_boundary():
                 apply, self._at_boundary = self._at_boundary, None
+                assert apply is not None
                 apply()
             if self._can_step():
                 self._core.step(admit=self._at_boundary is None)
             self._flush()
             if closed:
                 return
+
+    def _is_at_boundary(self) -> bool:
+        return self._at_boundary is not None and not self._core.scheduler.running
 
     def _can_step(self) -> bool:
         return not self._paused and self._core.scheduler.has_work

@@ -59,10 +59,10 @@ def build_optimizers(model: Glm45, config: OptimizerConfig) -> list[torch.optim.
         "stack": [parameter for name, parameter in muon if "qkv_proj" not in name],
         "qkv": [parameter for name, parameter in muon if "qkv_proj" in name],
     }
-    by_decay = {
-        config.weight_decay: [parameter for _, parameter in decayed],
-        0.0: [parameter for _, parameter in groups["norm"] + groups["bias"]],
-    }
+    by_decay = [  # pairs, since a weight decay of 0 would make one key of a dictionary out of both
+        (config.weight_decay, [parameter for _, parameter in decayed]),
+        (0.0, [parameter for _, parameter in groups["norm"] + groups["bias"]]),
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     muon_groups = [{"params": params, "layout": layout} for layout, params in by_layout.items() if params]
     if muon_groups:
@@ -75,7 +75,7 @@ def build_optimizers(model: Glm45, config: OptimizerConfig) -> list[torch.optim.
                 update_rms=config.update_rms,
             )
         )
-    adamw_groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items() if params]
+    adamw_groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay if params]
     if adamw_groups:
         optimizers.append(_adamw(adamw_groups, config))
     return optimizers
@@ -89,21 +89,23 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float, conf
 
 
 def parameter_group(name: str) -> str:
-    """Return the group in which a parameter's norms are reported."""
+    """Return the group, one of `PARAMETER_GROUPS`, in which a parameter's norms are reported."""
     if name.startswith("mtp."):
         return "mtp"
-    for part, group in (
-        ("embed_tokens", "embeddings"),
-        ("lm_head", "head"),
-        ("norm", "norms"),
-        ("self_attn", "attention"),
-        ("shared_experts", "shared_experts"),
-        ("experts", "experts"),
-        ("gate.weight", "router"),
-    ):
-        if part in name:
-            return group
-    return "dense"
+    return next((group for part, group in _GROUP_BY_PART if part in name), "dense")
+
+
+_GROUP_BY_PART = (
+    ("embed_tokens", "embeddings"),
+    ("lm_head", "head"),
+    ("norm", "norms"),
+    ("self_attn", "attention"),
+    ("shared_experts", "shared_experts"),
+    ("experts", "experts"),
+    ("gate.weight", "router"),
+)
+
+PARAMETER_GROUPS = ("mtp", *(group for _, group in _GROUP_BY_PART), "dense")
 
 
 def _adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.AdamW:

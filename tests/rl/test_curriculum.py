@@ -84,21 +84,15 @@ def test_the_next_temperature_is_the_highest_that_costs_at_most_one_percent():
 
 def test_the_temperature_changes_on_a_plateau_only():
     config = TemperatureConfig(candidates=(0.8, 1.2, 1.6), plateau_window=2, plateau_gain=0.01)
-    controller, asked = TemperatureController(config), []
-
-    def evaluate(temperature):
-        asked.append(temperature)
-        return {0.8: 0.9, 1.0: 0.9, 1.2: 0.895, 1.6: 0.5}[temperature]
-
-    for value in (0.1, 0.2, 0.3, 0.4):
-        assert controller.advance(value, evaluate) is None
-    assert controller.advance(0.4, evaluate) is None
-    assert controller.value == 1.0
-    assert controller.advance(0.3, evaluate) == {0.8: 0.9, 1.0: 0.9, 1.2: 0.895, 1.6: 0.5}
+    controller = TemperatureController(config)
+    assert [controller.due(value) for value in (0.1, 0.2, 0.3, 0.4, 0.4)] == [False] * 5
+    assert controller.due(0.3)
+    assert controller.candidates == [0.8, 1.0, 1.2, 1.6]
+    controller.choose({0.8: 0.9, 1.0: 0.9, 1.2: 0.895, 1.6: 0.5})
     assert controller.value == 1.2
-    assert sorted(asked) == [0.8, 1.0, 1.2, 1.6]
+    assert not controller.due(0.3)  # a new series: the old values say nothing
     state = json.loads(json.dumps(controller.state_dict()))
     again = TemperatureController(config)
     again.load_state_dict(state)
     assert again.value == 1.2
-    assert TemperatureController(TemperatureConfig()).advance(0.0, evaluate) is None
+    assert not TemperatureController(TemperatureConfig()).due(0.0)

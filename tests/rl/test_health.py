@@ -12,7 +12,7 @@ def run(steps=12, **columns):
     healthy = {
         "reward": lambda step: 0.4 + 0.03 * step,
         "held_out_full_cap": lambda step: 0.4 + 0.02 * step,
-        "response_length": lambda step: 30.0,
+        "held_out_length": lambda step: 30.0,
         "entropy": lambda step: 0.5 - 0.01 * step,
         "cap": lambda step: 64.0,
         "repetition_rate": lambda step: 0.0,
@@ -38,7 +38,7 @@ def test_a_healthy_run_rings_nothing():
             "long-context regression",
             {
                 "cap": lambda step: 64.0 if step < 4 else 16.0,
-                "response_length": lambda step: 30.0 if step < 4 else 12.0,
+                "held_out_length": lambda step: 30.0 if step < 4 else 12.0,
                 "held_out_full_cap": lambda step: 0.6 if step < 4 else 0.5,
                 "reward": lambda step: 0.5,
             },
@@ -57,7 +57,7 @@ def test_a_planted_case_rings_its_alarm_alone(word, planted):
 
 
 def test_a_fall_in_length_without_a_change_of_cap_or_with_rising_accuracy_is_no_regression():
-    shorter = {"response_length": lambda step: 30.0 - 2 * step}
+    shorter = {"held_out_length": lambda step: 30.0 - 2 * step}
     assert alarms(run(**shorter), CONFIG) == []
     assert alarms(run(**shorter, cap=lambda step: 64.0 if step < 4 else 32.0), CONFIG) == []
 
@@ -66,7 +66,7 @@ def test_a_run_that_began_under_a_short_cap_is_watched_too():
     """The report's multi-stage run: caps grow, the length does not come back and full-cap accuracy falls."""
     planted = run(
         cap=lambda step: 16.0 if step < 6 else 64.0,
-        response_length=lambda step: 15.0 if step < 3 else 9.0,
+        held_out_length=lambda step: 30.0 if step < 3 else 9.0,
         held_out_full_cap=lambda step: 0.6 - 0.01 * step,
         reward=lambda step: 0.5,
     )

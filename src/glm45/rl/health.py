@@ -23,7 +23,7 @@ class HealthConfig:
     held_out_gain: float = 0.0
     """Held-out accuracy that has not risen by more than this stands still. Not in the report."""
     length_share: float = 0.7
-    """Mean response length below this share of what it was counts as collapsed. Not in the report."""
+    """Mean held-out length below this share of the first counts as collapsed. Not in the report."""
     entropy_share: float = 0.2
     """Entropy below this share of the first window's counts as collapsed. Not in the report."""
     repetition_rate: float = 0.2
@@ -39,8 +39,8 @@ class HealthConfig:
 def alarms(rows: Sequence[Row], config: HealthConfig) -> list[str]:
     """Return what looks wrong after the last of `rows`, one sentence each; nothing before there are two windows.
 
-    Rows hold `reward`, `response_length`, `entropy` and the rates each step, `held_out` and `held_out_full_cap`
-    (accuracy under the current and the full cap) where an evaluation was made, `cap`, `mismatch` and `failure_share`.
+    Rows hold `cap`, `reward`, `entropy`, `mismatch` and the rates of each step, where it had any, and where an
+    evaluation was made `held_out_full_cap` and `held_out_length`, accuracy and mean length under the full cap.
     """
     found = [_over(rows, name, getattr(config, name)) for name in LIMITS]
     if len(rows) >= 2 * config.window:
@@ -73,19 +73,17 @@ def _reward_hacking(rows: Sequence[Row], config: HealthConfig) -> str:
 
 
 def _length_regression(rows: Sequence[Row], config: HealthConfig) -> str:
-    """Length that fell after a change of cap, with full-cap accuracy below the start: the report's 'unlearning'."""
-    changes = [index for index in range(1, len(rows)) if rows[index]["cap"] != rows[index - 1]["cap"]]
-    first = rows[: max(1, min(config.window, changes[0] if changes else 0))]
-    held_out = [row["held_out_full_cap"] for row in rows if "held_out_full_cap" in row]
-    shortened = rows[0]["cap"] < max(row["cap"] for row in rows)  # the run itself began under a short cap
-    if not (changes or shortened) or len(held_out) < 2:
+    """Full-cap length and accuracy that fell in a run whose cap changed: what the report calls unlearning."""
+    held_out = [row for row in rows if "held_out_full_cap" in row]
+    if len({row["cap"] for row in rows if "cap" in row}) < 2 or len(held_out) < 2:
         return ""
-    before, after = _mean(first, "response_length"), _mean(rows[-config.window :], "response_length")
-    if after >= config.length_share * before or held_out[-1] >= held_out[0]:
+    first, last = held_out[0], held_out[-1]
+    before, after = first["held_out_length"], last["held_out_length"]
+    if after >= config.length_share * before or last["held_out_full_cap"] >= first["held_out_full_cap"]:
         return ""
     return (
-        f"long-context regression? mean response length fell from {before:.1f} to {after:.1f} tokens around a change "
-        f"of the cap, and full-cap accuracy from {held_out[0]:.3f} to {held_out[-1]:.3f}"
+        f"long-context regression? responses under the full cap fell from {before:.1f} to {after:.1f} tokens in a run "
+        f"whose cap changed, and accuracy from {first['held_out_full_cap']:.3f} to {last['held_out_full_cap']:.3f}"
     )
 
 
@@ -97,4 +95,5 @@ def _entropy_collapse(rows: Sequence[Row], config: HealthConfig) -> str:
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / max(len(values), 1)

@@ -1,6 +1,6 @@
 """Dynamic sampling temperature: explore more when the reward has settled, as far as it costs nothing (report 3.2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from glm45.config import configuration
@@ -43,20 +43,22 @@ class TemperatureController:
         self.value = config.initial
         self._plateau = Plateau(config.plateau_window, config.plateau_gain)
 
-    def advance(self, mean_reward: float, evaluate: Callable[[float], float]) -> dict[float, float] | None:
-        """Take note of a finished step; on a plateau, choose anew with `evaluate` (temperature -> held-out accuracy).
+    @property
+    def candidates(self) -> list[float]:
+        """The temperatures to measure when a choice is due: the configured ones and the one in force."""
+        return sorted({*self.config.candidates, self.value})
 
-        Returns the accuracies if a choice was made.
-        """
+    def due(self, mean_reward: float) -> bool:
+        """Take note of a finished step and say whether the reward has settled, so that a choice is due."""
         if not self.config.candidates:
-            return None
+            return False
         self._plateau.add(mean_reward)
-        if not self._plateau.reached():
-            return None
+        return self._plateau.reached()
+
+    def choose(self, accuracies: Mapping[float, float]) -> None:
+        """Set the temperature of the next phase from the held-out accuracy at each candidate."""
         self._plateau.reset()
-        accuracies = {temperature: evaluate(temperature) for temperature in {*self.config.candidates, self.value}}
         self.value = highest_harmless(accuracies, self.config.tolerance)
-        return dict(sorted(accuracies.items()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""

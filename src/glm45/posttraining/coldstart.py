@@ -1,0 +1,96 @@
+"""Cold-start data for each expert: small sets of worked answers, made from rules, never of held-out prompts.
+
+The report starts each expert from a small set with long chains of thought (section 3.1), written by earlier models;
+at laptop scale rules write them. Nothing of these generators is in the report.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from glm45.config import configuration
+from glm45.corpus.arithmetic import ArithmeticConfig, draw_problem, write_trace
+from glm45.data.splits import is_held_out
+from glm45.environments.arithmetic import arithmetic_task
+from glm45.environments.instructions import instruction_tasks, reference_reply
+from glm45.environments.protocol import Task, assistant
+from glm45.environments.tasks import prompt_text
+from glm45.environments.tools import tool_call, tool_tasks
+from glm45.posttraining.conversations import Conversation, answered
+from glm45.seeds import derive_seed
+
+
+@configuration
+class ColdStartConfig:
+    """How good the cold start's answers are. Not in the report."""
+
+    arithmetic: ArithmeticConfig = ArithmeticConfig(careful_share=0.4)
+    """Problems, and the share of careful traces: the rest are sloppy, so that there is something to select."""
+    sound_share: float = 0.7
+    """Share of right tool calls and instructions kept; the others get a plausible fault. Not in the report."""
+
+
+def cold_start(domain: str, seed: int, count: int, config: ColdStartConfig) -> Iterator[Conversation]:
+    """Yield `count` worked conversations of a domain ("arithmetic", "tools" or "instructions"); prompts may repeat.
+
+    Raises ValueError for another domain.
+    """
+    if domain not in MAKERS:
+        raise ValueError(f"no cold start for {domain!r}: there is one for {', '.join(MAKERS)}")
+    made = MAKERS[domain](derive_seed(seed, "cold start", domain), config)
+    for _ in range(count):
+        yield next(made)
+
+
+def _arithmetic(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
+    source = random.Random(seed)
+    while True:
+        task = arithmetic_task(problem := draw_problem(source, config.arithmetic))
+        if is_held_out(prompt_text(task)):
+            continue
+        careful = source.random() < config.arithmetic.careful_share
+        trace = write_trace(problem, careful, full=source.random() < config.arithmetic.full_share)
+        yield answered(task, assistant(trace.answer, trace.steps), source="cold start", careful=careful)
+
+
+def _tools(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
+    for number, task in enumerate(_endless(tool_tasks, seed)):
+        source = random.Random(derive_seed(seed, "fault", number))
+        calls = [(call["name"], dict(call["arguments"])) for call in task.answer]
+        if calls and source.random() >= config.sound_share:
+            calls = _spoil(calls, source)
+        content = "" if calls else "You are welcome."
+        response = assistant(content, tool_calls=[tool_call(*call) for call in calls])
+        yield answered(task, response, source="cold start")
+
+
+def _instructions(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
+    for number, task in enumerate(_endless(instruction_tasks, seed)):
+        source = random.Random(derive_seed(seed, "fault", number))
+        reply = reference_reply(task)
+        if source.random() >= config.sound_share:
+            words = reply.split()
+            reply = " ".join(words[:-1] if len(words) > 1 else [*words, *words]).lower()
+        yield answered(task, assistant(reply), source="cold start")
+
+
+def _endless(family: Callable[[int, int], Iterator[Task]], seed: int) -> Iterator[Task]:
+    """Yield training tasks of a family without end."""
+    batch = 0
+    while True:
+        for task in family(derive_seed(seed, batch), 256):
+            if not is_held_out(prompt_text(task)):
+                yield task
+        batch += 1
+
+
+def _spoil(calls: list[tuple[str, dict]], source: random.Random) -> list[tuple[str, dict]]:
+    """Give calls one plausible fault: a missing call, or an argument that is off."""
+    if len(calls) > 1:
+        return calls[:1]
+    name, arguments = calls[0]
+    key = source.choice(sorted(arguments))
+    value = arguments[key]
+    return [(name, {**arguments, key: value + 1 if isinstance(value, int) else value[:-1]})]
+
+
+MAKERS = {"arithmetic": _arithmetic, "tools": _tools, "instructions": _instructions}

@@ -1,0 +1,130 @@
+"""The RL driver: generate, judge, learn, hand over the weights, again.
+
+A run is a folder: `config.json`, `metrics.jsonl` (the log of record: nothing in it depends on the clock),
+`timings.jsonl`, `checkpoints/`, `policy/` (the trained policy in the hub layout). Killed at any moment, the same
+command goes on from the newest checkpoint and writes the same metrics.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glm45.engine.clients import EngineClient, InProcessClient
+from glm45.engine.engine import Engine, EngineConfig
+from glm45.environments.verify import RewardWorkers
+from glm45.model import hub
+from glm45.rl.config import RLConfig
+from glm45.rl.evaluation import HeldOut
+from glm45.rl.health import alarms
+from glm45.rl.metrics import rollout_metrics
+from glm45.rl.rollout import Rollout, Sampling
+from glm45.rl.state import RLState, open_run
+from glm45.seeds import derive_seed
+from glm45.training.checkpoint import Checkpoints, Retention
+from glm45.training.metrics import JsonLines, read_record
+
+Say = Callable[[str], None]
+
+
+def run_rl(config: RLConfig, folder: str | Path, say: Say = print) -> Path:
+    """Train a policy from where the run stands to its end; return the folder of the trained policy.
+
+    Raises ValueError or OSError for what a user can mend.
+    """
+    folder = Path(folder)
+    open_run(folder, config)
+    state = RLState(config)
+    checkpoints = Checkpoints(folder / "checkpoints", Retention(every=config.checkpoint_every, keep_best=False))
+    for problem in state.load(checkpoints):
+        say(f"passed over: {problem}")
+    metrics = JsonLines(folder / "metrics.jsonl", state.metrics_length)
+    timings = JsonLines(folder / "timings.jsonl")
+    state.rows = read_record(folder)
+    engine_config = EngineConfig(seed=derive_seed(config.seed, "engine"))
+    try:
+        with (
+            RewardWorkers(config.rewards) as rewards,
+            Engine(state.trainer.model, state.tokenizer, engine_config) as engine,
+        ):
+            client = InProcessClient(engine)
+            rollout = Rollout(client, state.tokenizer, rewards, config.rollout)
+            asyncio.run(_run(state, client, rollout, checkpoints, metrics, timings, say))
+        checkpoints.wait()
+        hub.save(state.trainer.model, folder / "policy")
+        state.tokenizer.save(folder / "policy")
+    finally:
+        for each in (metrics, timings, checkpoints):
+            each.close()
+    return folder / "policy"
+
+
+async def _run(
+    state: RLState,
+    client: EngineClient,
+    rollout: Rollout,
+    checkpoints: Checkpoints,
+    metrics: JsonLines,
+    timings: JsonLines,
+    say: Say,
+) -> None:
+    config = state.config
+    held_out = HeldOut(rollout, state.held_out_tasks, config.evaluation.num_samples, config.seed)
+    await client.update_weights(None, version=state.step)
+    if not state.rows:
+        state.rows.append({"step": 0, **await held_out.evaluate(config.lengths.full, config.lengths.cap(0))})
+        metrics.write(state.rows[0])
+    while state.step < config.steps:
+        stage, cap = state.curriculum.stage, config.lengths.cap(state.step)
+        started = time.perf_counter()
+        sampling = Sampling(stage.samples_per_prompt, cap, state.temperature.value, derive_seed(config.seed, "rollout"))
+        made = await rollout.fill(state.pool, stage.prompts_per_step, sampling)
+        groups = state.pool.take(stage.prompts_per_step, weight_version=state.step)
+        record: dict[str, Any] = {"step": state.step + 1, "stage": state.curriculum.index, "cap": cap}
+        record |= {"temperature": sampling.temperature, "groups": len(groups)}
+        record |= rollout_metrics(made, weight_version=state.step)
+        generated = time.perf_counter()
+
+        record |= state.trainer.update(groups, max_tokens=cap)
+        trained = time.perf_counter()
+        await client.update_weights(None, version=state.step + 1)
+
+        if (state.step + 1) % config.evaluation.every == 0 or state.step + 1 == config.steps:
+            record |= await held_out.evaluate(config.lengths.full, cap)
+        state.advance(record)
+        await _choose_temperature(state, held_out, record, cap)
+        record["alarms"] = alarms(state.rows, config.health)
+        metrics.write(record)
+        timings.write(_timing(record, started, generated, trained))
+        say(_line(record, time.perf_counter() - started))
+        if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+            state.save(checkpoints, metrics.length)
+
+
+async def _choose_temperature(state: RLState, held_out: HeldOut, record: dict[str, Any], cap: int) -> None:
+    """On a plateau of the reward, take the highest temperature that costs at most a share of the best accuracy."""
+    if state.temperature.due(record.get("reward", 0.0)):
+        accuracies = {value: await held_out.at_temperature(value, cap) for value in state.temperature.candidates}
+        state.temperature.choose(accuracies)
+        record["temperature_choice"] = {str(value): accuracy for value, accuracy in accuracies.items()}
+
+
+def _timing(record: dict[str, Any], started: float, generated: float, trained: float) -> dict[str, float]:
+    return {
+        "step": record["step"],
+        "generation_seconds": generated - started,
+        "training_seconds": trained - generated,
+        "generated_tokens_per_second": record.get("generated_tokens", 0.0) / (generated - started),
+        "learnt_tokens_per_second": record["learnt_tokens"] / max(trained - generated, 1e-9),
+    }
+
+
+def _line(record: dict[str, Any], seconds: float) -> str:
+    shown = f"step {record['step']}: reward {record.get('reward', 0.0):.3f}, {record['groups']} groups, "
+    shown += (
+        f"length {record.get('response_length', 0.0):.1f}, entropy {record.get('entropy', 0.0):.3f}, {seconds:.1f} s"
+    )
+    if "held_out_greedy" in record:
+        shown += f"; held out: greedy {record['held_out_greedy']:.3f}, sampled {record['held_out_full_cap']:.3f}"
+    return "; ".join([shown, *record["alarms"]])

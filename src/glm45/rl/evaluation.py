@@ -1,0 +1,48 @@
+"""Held-out accuracy of a policy while it is trained: greedy and sampled, under the full cap and the current one."""
+
+from collections.abc import Sequence
+
+from glm45.environments.protocol import Task
+from glm45.rl.metrics import accuracy
+from glm45.rl.pool import Group
+from glm45.rl.rollout import Rollout, Sampling
+from glm45.seeds import derive_seed
+
+
+class HeldOut:
+    """Held-out tasks; the same prompts and seeds every time, so that a difference is the policy's."""
+
+    def __init__(self, rollout: Rollout, tasks: Sequence[Task], num_samples: int, seed: int):
+        self._rollout, self._tasks, self._num_samples = rollout, list(tasks), num_samples
+        self._seed = derive_seed(seed, "held out")
+
+    async def evaluate(self, full_cap: int, cap: int) -> dict[str, float]:
+        """Return `held_out_greedy` and `held_out_full_cap` (sampled at temperature 1) under the full cap, and
+        `held_out`, sampled under the current cap; also greedy accuracy, length and reward parts by domain.
+        """
+        greedy = await self._groups(1, full_cap, 0.0)
+        sampled = await self._groups(self._num_samples, full_cap, 1.0)
+        current = sampled if cap == full_cap else await self._groups(self._num_samples, cap, 1.0)
+        samples = [sample for group in greedy for sample in group]
+        record = {
+            "held_out_greedy": accuracy(greedy),
+            "held_out_full_cap": accuracy(sampled),
+            "held_out": accuracy(current),
+            "held_out_length": sum(sample.num_generated for sample in samples) / len(samples),
+        }
+        for name in sorted({part for sample in samples for part in sample.reward_parts}):
+            values = [sample.reward_parts[name] for sample in samples if name in sample.reward_parts]
+            record[f"held_out_part/{name}"] = sum(values) / len(values)
+        for domain in sorted({task.verifier for task in self._tasks}):
+            record[f"held_out_greedy/{domain}"] = accuracy(
+                [group for group in greedy if group[0].task.verifier == domain]
+            )
+        return record
+
+    async def at_temperature(self, temperature: float, cap: int) -> float:
+        """Return the sampled accuracy at a temperature."""
+        return accuracy(await self._groups(self._num_samples, cap, temperature))
+
+    async def _groups(self, num_samples: int, cap: int, temperature: float) -> list[Group]:
+        sampling = Sampling(num_samples, cap, temperature, self._seed)
+        return await self._rollout.make_groups(list(enumerate(self._tasks)), sampling)

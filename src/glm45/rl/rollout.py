@@ -1,0 +1,143 @@
+"""Trajectories: prompts in, judged groups out. Scoring a group overlaps with generating the others.
+
+Speaks to any engine client (in-process, SGLang, vLLM); sampled token ids are kept as they were sampled.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from glm45.engine.clients import EngineClient
+from glm45.engine.request import Completion, SamplingParams
+from glm45.environments.formats import format_faults, language_mixing_rate, repetition_rate
+from glm45.environments.protocol import Task
+from glm45.environments.tasks import prompt_text
+from glm45.environments.verify import RewardWorkers
+from glm45.rl.advantages import informative
+from glm45.rl.config import PenaltyConfig, RolloutConfig
+from glm45.rl.pool import Group, Pool
+from glm45.rl.sample import Sample
+from glm45.seeds import derive_seed
+from glm45.text.chat import render_tokens
+from glm45.text.parsing import parse_ids
+from glm45.text.tokenizer import Tokenizer
+
+REPETITION_LIMIT, LANGUAGE_MIXING_LIMIT = 0.2, 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a group is sampled."""
+
+    num_samples: int
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class Rollout:
+    """Makes groups with one engine client and one set of reward processes."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, rewards: RewardWorkers, config: RolloutConfig):
+        self.client, self.tokenizer, self.rewards, self.config = client, tokenizer, rewards, config
+
+    async def fill(self, pool: Pool, wanted: int, sampling: Sampling) -> list[Group]:
+        """Make groups until `wanted` informative ones have landed in `pool`, or the rounds are used up.
+
+        Returns every group that was made, the dropped ones too: mean rewards are taken over all of them, or they
+        would be biased by the filter.
+        """
+        made: list[Group] = []
+        for _ in range(self.config.max_rounds):
+            missing = wanted - pool.num_landed
+            if missing <= 0:
+                break
+            begun = [pool.begin() for _ in range(math.ceil(missing * self.config.oversampling))]
+            groups = await self.make_groups(begun, sampling)
+            for (group_id, _), group in zip(begun, groups, strict=True):
+                self._admit(pool, group_id, group)
+            made += groups
+        return made
+
+    async def make_groups(self, prompts: Sequence[tuple[int, Task]], sampling: Sampling) -> list[Group]:
+        """Sample and judge a group for each (group id, task), in this order whatever finishes first."""
+        return await asyncio.gather(*(self.make_group(group_id, task, sampling) for group_id, task in prompts))
+
+    async def make_group(self, group_id: int, task: Task, sampling: Sampling) -> Group:
+        """Sample one group and judge it; the seed depends on the group's id and not on what else is generated."""
+        prompt = render_tokens(
+            task.messages,
+            self.tokenizer,
+            tools=task.tools or None,
+            enable_thinking=None if task.thinking else False,
+            add_generation_prompt=True,
+        ).ids
+        params = SamplingParams(
+            n=sampling.num_samples,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            seed=derive_seed(sampling.seed, "group", group_id),
+        )
+        completions = await self.client.generate(prompt, params)
+        group = [self._sample(group_id, task, prompt, sampling, each) for each in completions]
+        await asyncio.gather(*(self._judge(sample) for sample in group if sample.status != "aborted"))
+        return group
+
+    def _sample(self, group_id: int, task: Task, prompt: list[int], sampling: Sampling, made: Completion) -> Sample:
+        sample = Sample(task=task, group_id=group_id, index=made.index)
+        sample.metadata["temperature"] = sampling.temperature
+        sample.append_context(list(prompt), list(task.messages))
+        if made.finish_reason == "abort":
+            sample.status = "aborted"
+            return sample
+        message, status = parse_ids(made.token_ids, self.tokenizer, task.tools or None)
+        if not status.well_formed:
+            message["faults"] = [str(problem) for problem in status.problems]
+        sample.append_generated(
+            list(made.token_ids),
+            list(made.logprobs),
+            message,
+            min(made.weight_versions),
+            truncated=made.finish_reason == "length",
+        )
+        return sample
+
+    async def _judge(self, sample: Sample) -> None:
+        outcome = await asyncio.wrap_future(self.rewards.submit(sample.task, sample.response))
+        sample.judge(outcome)
+        if sample.reward is not None:
+            penalise(sample, self.config.penalties)
+
+    def _admit(self, pool: Pool, group_id: int, group: Group) -> None:
+        """Land what can be learnt from; count the rest by reason."""
+        if all(sample.status == "aborted" for sample in group):
+            pool.give_back(group_id)
+            return
+        judged = [sample for sample in group if sample.reward is not None]
+        pool.counts["failed_samples"] += len(group) - len(judged)
+        rewards = torch.tensor([sample.reward for sample in judged])
+        if len(judged) < 2:
+            pool.drop(group_id, "failed")
+        elif self.config.drop_uninformative and not informative(rewards, torch.zeros(len(judged))).any():
+            pool.drop(group_id, "uninformative")
+        else:
+            pool.land(judged)
+
+
+def penalise(sample: Sample, config: PenaltyConfig) -> None:
+    """Take note of faults of form in the reward's parts, and subtract the penalties (report section 3.4)."""
+    text = f"{sample.response.get('reasoning_content') or ''} {sample.response.get('content') or ''}"
+    faulty = bool(format_faults(sample.response, sample.task.thinking)) and sample.status == "completed"
+    repetition = repetition_rate(text)
+    mixing = language_mixing_rate(text, allowed=prompt_text(sample.task))
+    sample.metadata |= {"faulty": faulty, "repetition_rate": repetition, "language_mixing_rate": mixing}
+    for name, size, holds in (
+        ("format_penalty", config.format, faulty),
+        ("repetition_penalty", config.repetition, repetition > REPETITION_LIMIT),
+        ("language_mixing_penalty", config.language_mixing, mixing > LANGUAGE_MIXING_LIMIT),
+    ):
+        if size and holds:
+            sample.add_penalty(name, -size)

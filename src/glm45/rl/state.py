@@ -1,0 +1,121 @@
+"""Everything that an RL run carries from one step to the next, and how it is saved."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm45.config import to_dict
+from glm45.environments.protocol import Task
+from glm45.environments.science import expert_verified_only
+from glm45.environments.tasks import prompt_text, read_tasks
+from glm45.model import hub
+from glm45.rl.config import RLConfig
+from glm45.rl.curriculum import Curriculum
+from glm45.rl.pool import Pool
+from glm45.rl.temperature import TemperatureController
+from glm45.rl.update import PolicyTrainer
+from glm45.seeds import derive_seed
+from glm45.text.tokenizer import Tokenizer
+from glm45.training.checkpoint import Checkpoints, training_tensors
+from glm45.training.layout import Layout
+from glm45.training.parallel import World
+
+
+class RLState:
+    """Policy, optimiser, prompts, curriculum and temperature between two steps."""
+
+    def __init__(self, config: RLConfig):
+        """Begin a run. Raises ValueError or OSError for what a user can mend."""
+        self.config = config
+        self.train_tasks, self.held_out_tasks = read_task_files(config)
+        self.tokenizer = Tokenizer.load(config.policy)
+        self.world = World.start(Layout())
+        model = hub.load(config.policy, dtype=torch.float32, device=self.world.device)
+        self.trainer = PolicyTrainer(model, config.loss, self.world)
+        self.curriculum = Curriculum(config.stages)
+        self.temperature = TemperatureController(config.temperature)
+        self.pool = self.new_pool()
+        self.step = 0
+        self.metrics_length = 0
+        self.rows: list[dict[str, Any]] = []
+        """The log of record so far, for the alarms."""
+
+    def new_pool(self) -> Pool:
+        """Return a pool of the prompts of the stage in force. Raises ValueError if the stage has none."""
+        name = self.curriculum.stage.pool
+        tasks: Sequence[Task] = self.train_tasks
+        if name != "all":
+            members = set(json.loads(Path(self.config.pools).read_text())["pools"][name])
+            tasks = [task for task in tasks if task.task_id in members]
+            if not tasks:
+                raise ValueError(f"{self.config.pools}: no training task is in the {name} pool")
+        seed = derive_seed(self.config.seed, "pool", self.curriculum.index)
+        return Pool(tasks, seed, self.config.rollout.max_staleness)
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """Take note of a finished step and enter the next stage where it is due."""
+        self.step += 1
+        self.rows.append(record)
+        if self.curriculum.advance(self.step, record.get("reward", 0.0)):
+            self.pool = self.new_pool()
+
+    def save(self, checkpoints: Checkpoints, metrics_length: int) -> None:
+        """Start writing a checkpoint."""
+        state = {
+            "metrics_length": metrics_length,
+            "pool": self.pool.state_dict(),
+            "curriculum": self.curriculum.state_dict(),
+            "temperature": self.temperature.state_dict(),
+        }
+        checkpoints.save(self.step, training_tensors(self.trainer.model, self.trainer.optimizers), state)
+        checkpoints.prune(None)
+
+    def load(self, checkpoints: Checkpoints) -> list[str]:
+        """Go to the newest intact checkpoint, if there is any; return what was wrong with those passed over."""
+        if not checkpoints.steps():
+            return []
+        step, problems = checkpoints.newest()
+        state = checkpoints.load(step, training_tensors(self.trainer.model, self.trainer.optimizers))
+        self.step, self.metrics_length = step, state["metrics_length"]
+        self.curriculum.load_state_dict(state["curriculum"])
+        self.temperature.load_state_dict(state["temperature"])
+        self.pool = self.new_pool()
+        self.pool.load_state_dict(state["pool"])
+        return problems
+
+
+def read_task_files(config: RLConfig) -> tuple[list[Task], list[Task]]:
+    """Return training and held-out tasks. Raises ValueError if a prompt is in both, or a set is empty."""
+    train, held_out = list(read_tasks(config.tasks)), list(read_tasks(config.held_out))
+    if config.expert_verified_only:
+        train = [task for task in train if task.verifier != "science"] + list(
+            expert_verified_only(task for task in train if task.verifier == "science")
+        )
+    if not train or not held_out:
+        raise ValueError(f"{config.tasks} has {len(train)} tasks, {config.held_out} {len(held_out)}: both need some")
+    shared = {prompt_text(task) for task in train} & {prompt_text(task) for task in held_out}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} prompts are in both {config.tasks} and {config.held_out}, such as {min(shared)!r}: "
+            "split them by hash (glm45.environments.tasks.split_tasks)"
+        )
+    return train, held_out[: config.evaluation.num_tasks]
+
+
+def open_run(folder: Path, config: RLConfig) -> None:
+    """Make the run folder and save the configuration, or check that it is the same run's.
+
+    Raises ValueError if the folder holds a run of another configuration; `steps` may be raised.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    values = to_dict(config)
+    if path.exists():
+        before = json.loads(path.read_text())
+        different = sorted(key for key in values if before.get(key) != values[key] and key != "steps")
+        if different:
+            raise ValueError(f"{folder} holds a run with other values of {', '.join(different)}: use another folder")
+    path.write_text(json.dumps(values, indent=1) + "\n")

@@ -98,6 +98,9 @@ def define_data(parser: argparse.ArgumentParser) -> None:
     report = actions.add_parser("report", help="write DIR/report.html on a built corpus")
     report.add_argument("folder", metavar="DIR")
     report.set_defaults(run=_data_report)
+    adopt = actions.add_parser("adopt", help="describe Megatron shards made elsewhere, so that training accepts them")
+    adopt.add_argument("folder", metavar="DIR", help="holds tokenizer/ and shards/*.bin|.idx; gets a manifest.json")
+    adopt.set_defaults(run=_data_adopt)
 
 
 def _data_build(options: argparse.Namespace) -> None:
@@ -113,6 +116,13 @@ def _data_report(options: argparse.Namespace) -> None:
     from glm45.corpus.report import write_report
 
     print(write_report(Path(options.folder)))
+
+
+def _data_adopt(options: argparse.Namespace) -> None:
+    from glm45.data.folder import adopt
+
+    for name, entry in adopt(Path(options.folder))["datasets"].items():
+        print(f"{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
 
 
 def define_train(parser: argparse.ArgumentParser) -> None:
@@ -188,11 +198,31 @@ def _chat(options: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
+def define_serve(parser: argparse.ArgumentParser) -> None:
+    """`glm45 serve PATH`: an OpenAI-compatible server with a chat page."""
+    parser.add_argument("path", metavar="PATH_OR_RUN", help="a checkpoint folder in the hub layout, or a run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="NAME=VALUE", help="such as limits.samples=64 engine.num_drafts=1"
+    )
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0 takes a free one)")
+    parser.set_defaults(run=_serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from glm45.config import override
+    from glm45.serving.command import ServeConfig, serve
+
+    given = [f"{name}={value}" for name in ("host", "port") if (value := getattr(options, name)) is not None]
+    serve(options.path, override(ServeConfig(), [*given, *options.overrides]))
+
+
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "data": (define_data, "build a corpus and report on it"),
     "inspect": (define_inspect, "show a model's parameters, operations and cache size"),
     "train": (define_train, "pre-train and mid-train a recipe; the same command goes on with a run"),
     "export": (define_export, "write a run's weights in the hub layout"),
+    "serve": (define_serve, "serve a model: OpenAI-compatible HTTP and a chat page"),
     "chat": (define_chat, "render messages, or parse what a model wrote, to debug templates"),
 }
 

@@ -5,10 +5,10 @@ import struct
 import numpy as np
 import pytest
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm45.data.shards import MemoryDocuments, Shard, ShardWriter, merge, require_disk, token_dtype, verify
+from glm45.data.shards import MemoryDocuments, Shard, ShardChain, ShardWriter, require_disk, token_dtype, verify
 
 DOCUMENTS = [[5, 6, 7], [8], [], [9, 10, 65_000]]
 
@@ -42,6 +42,7 @@ def test_bytes_equal_those_of_datatrove(tmp_path, token_size, dtype):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 65_535), max_size=20), max_size=20))
 def test_documents_come_back(tmp_path_factory, documents):
     prefix = tmp_path_factory.mktemp("shard") / "web.high"
@@ -62,17 +63,22 @@ def test_a_document_of_several_sequences_is_one_document(tmp_path):
     assert [shard[i].tolist() for i in range(len(shard))] == [[1, 2, 3], [4, 5]]
 
 
-def test_merge_keeps_order(tmp_path):
-    for name, documents in (("a", [[1], [2, 3]]), ("b", [[], [4]])):
-        write(tmp_path / name, documents)
-    assert merge(tmp_path / "all", [tmp_path / "a", tmp_path / "b"]) == write(
-        tmp_path / "one", [[1], [2, 3], [], [4]]
-    ) | {
-        "files": {
-            name.replace("one", "all"): entry
-            for name, entry in write(tmp_path / "one", [[1], [2, 3], [], [4]])["files"].items()
-        }
-    }
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=5), min_size=1, max_size=5), st.data())
+def test_a_chain_of_shards_reads_as_one(tmp_path_factory, parts, data):
+    folder = tmp_path_factory.mktemp("chain")
+    for number, documents in enumerate(parts):
+        write(folder / f"part-{number}", documents)
+    everything = [document for documents in parts for document in documents]
+    write(folder / "whole", everything)
+    chain = ShardChain([Shard(folder / f"part-{number}") for number in range(len(parts))])
+    whole = Shard(folder / "whole")
+    assert (chain.num_documents, chain.num_tokens) == (whole.num_documents, whole.num_tokens)
+    first = data.draw(st.integers(0, len(everything)))
+    last = data.draw(st.integers(first, len(everything)))
+    assert chain.starts(first, last).tolist() == whole.starts(first, last).tolist()
+    places = np.array(data.draw(st.permutations(range(whole.num_tokens))), dtype=np.int64)
+    assert chain.tokens[places].tolist() == whole.tokens[places].tolist()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from glm45.corpus.words import WordEncoder
-from glm45.data.folder import update_manifest
+from glm45.data.folder import describe_tokenizer, update_manifest
 from glm45.data.mixture import HELD_OUT
 from glm45.data.shards import ShardWriter, require_disk, token_dtype, verify
 from glm45.text.chat import render_tokens
@@ -79,12 +79,7 @@ def tokenize_folder(
                 entry = _tokenize_dataset(paths, out_dir / "shards" / name, encoders, token_dtype(loaded.vocab_size))
                 progress.put(name, made_from, entry)
             entries[name] = entry
-    described = {
-        "fingerprint": loaded.fingerprint,
-        "vocab_size": loaded.vocab_size,
-        "padded_vocab_size": loaded.padded_vocab_size,
-    }
-    update_manifest(out_dir, result := {"tokenizer": described, "datasets": entries})
+    update_manifest(out_dir, result := {"tokenizer": describe_tokenizer(loaded), "datasets": entries})
     return result
 
 

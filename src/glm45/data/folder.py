@@ -2,13 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from glm45.data.mixture import HELD_OUT
-from glm45.data.shards import Documents, Shard, verify
+from glm45.data.shards import Documents, Shard, ShardChain, describe, verify
+from glm45.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 
@@ -41,12 +45,60 @@ class DataFolder:
         if check:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda entry: verify(shards, entry), manifest["datasets"].values()))
-        return cls({name: Shard(shards / name) for name in manifest["datasets"]}, manifest)
+        return cls({name: _open_dataset(shards, name, entry) for name, entry in manifest["datasets"].items()}, manifest)
 
     @property
     def held_out(self) -> dict[str, str]:
         """Source to the name of its held-out dataset."""
         return {name.removesuffix(f".{HELD_OUT}"): name for name in self.datasets if name.endswith(f".{HELD_OUT}")}
+
+
+def adopt(path: Path) -> dict[str, Any]:
+    """Describe shards that another system made, so that training accepts the folder; return the manifest's entries.
+
+    `path` holds `tokenizer/` and, in `shards/`, Megatron's `.bin`/`.idx` pairs. A pair bears the name of its dataset,
+    such as `web.high`; pairs that differ only in a final number (`web.high-00000`, ...) are one dataset.
+
+    Raises ValueError if there are none, or for a token that the tokenizer does not have.
+    """
+    tokenizer = Tokenizer.load(path / "tokenizer")
+    datasets: dict[str, dict[str, Any]] = {}
+    for index in sorted((path / "shards").glob("*.idx")):
+        prefix = index.parent / index.name.removesuffix(".idx")
+        highest = max((int(tokens.max()) for tokens in _stretches(Shard(prefix).tokens)), default=0)
+        if highest >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{prefix}.bin holds token {highest}, the tokenizer has {tokenizer.vocab_size}: it is another's"
+            )
+        entry, name = describe(prefix), re.sub(r"[-_.]\d+$", "", prefix.name)
+        known = datasets.setdefault(name, {"documents": 0, "tokens": 0, "shards": [], "files": {}})
+        known["documents"] += entry["documents"]
+        known["tokens"] += entry["tokens"]
+        known["shards"].append(prefix.name)
+        known["files"] |= entry["files"]
+    if not datasets:
+        raise ValueError(f"{path / 'shards'} holds no .bin/.idx pairs: put Megatron's shards there")
+    entries = {"tokenizer": describe_tokenizer(tokenizer), "datasets": datasets}
+    update_manifest(path, entries)
+    return entries
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer's entry of the manifest."""
+    return {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "padded_vocab_size": tokenizer.padded_vocab_size,
+    }
+
+
+def _open_dataset(shards: Path, name: str, entry: Mapping[str, Any]) -> Documents:
+    parts = [Shard(shards / part) for part in entry.get("shards", [name])]
+    return parts[0] if len(parts) == 1 else ShardChain(parts)
+
+
+def _stretches(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    return (tokens[first : first + (1 << 24)] for first in range(0, len(tokens), 1 << 24))
 
 
 def update_manifest(folder: Path, entries: Mapping[str, Any]) -> None:

@@ -215,7 +215,53 @@ class MemoryDocuments:
         return self._starts[first : last + 1]
 
 
-Documents = Shard | MemoryDocuments
+class ShardChain:
+    """Several shards read as one, end to end, with the same attributes as a `Shard`."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = list(shards)
+        self._first_documents = np.cumsum([0, *(shard.num_documents for shard in shards)])
+        self.num_documents = int(self._first_documents[-1])
+        self.tokens = _Chain([shard.tokens for shard in shards])
+        self.num_tokens = int(self.tokens.firsts[-1])
+        masks = [shard.mask for shard in shards if shard.mask is not None]
+        if masks and len(masks) != len(shards):
+            raise ValueError(f"{len(masks)} of {len(shards)} shards have a loss mask: give all of them one, or none")
+        self.mask = _Chain(masks) if masks else None
+
+    def starts(self, first: int, last: int) -> np.ndarray:
+        """See `Shard.starts`."""
+        parts = []
+        for shard, begin, offset in zip(self._shards, self._first_documents, self.tokens.firsts, strict=False):
+            low, high = max(first - begin, 0), min(last - begin, shard.num_documents)
+            if low < high:
+                parts.append(shard.starts(low, high)[:-1] + offset)
+        final = np.searchsorted(self._first_documents, last, "right") - 1
+        end = self.tokens.firsts[final]
+        if last > self._first_documents[final]:
+            end += self._shards[final].starts(last - self._first_documents[final], last - self._first_documents[final])[
+                0
+            ]
+        return np.concatenate([*parts, [end]]).astype(np.int64)
+
+
+class _Chain:
+    """Arrays end to end, indexed by an array of places."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+        self.firsts = np.cumsum([0, *map(len, arrays)])
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        values = np.empty(len(places), dtype=np.int64)
+        owner = np.searchsorted(self.firsts, places, "right") - 1
+        for number in np.unique(owner).tolist():
+            inside = owner == number
+            values[inside] = self._arrays[number][places[inside] - self.firsts[number]]
+        return values
+
+
+Documents = Shard | ShardChain | MemoryDocuments
 
 
 def verify(folder: Path, entry: dict[str, Any]) -> None:
@@ -230,28 +276,22 @@ def verify(folder: Path, entry: dict[str, Any]) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise ValueError(f"{path} has {size} bytes, the manifest says {expected['bytes']}: build it again")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected["sha256"]:
+        found = _describe_file(path)["sha256"]
+        if found != expected["sha256"]:
             raise ValueError(
-                f"{path} is damaged: checksum {digest[:12]}…, not {expected['sha256'][:12]}…: build it again"
+                f"{path} is damaged: checksum {found[:12]}…, not {expected['sha256'][:12]}…: build it again"
             )
 
 
-def merge(prefix: Path, parts: Sequence[Path]) -> dict[str, Any]:
-    """Write the documents of `parts`, in order, as one shard and return its manifest entry."""
-    shards = [Shard(part) for part in parts]
-    dtypes = {shard.tokens.dtype for shard in shards}
-    if len(dtypes) != 1:
-        raise ValueError(
-            f"cannot merge shards of {sorted(map(str, dtypes))} tokens into {prefix.name}: they must agree"
-        )
-    with ShardWriter(prefix, dtypes.pop()) as writer:
-        for shard in shards:
-            for first in range(0, shard.num_documents, 4096):
-                starts = shard.starts(first, min(first + 4096, shard.num_documents))
-                writer.add_many(shard.tokens[starts[0] : starts[-1]], np.diff(starts))
-    return writer.entry
+def describe(prefix: Path) -> dict[str, Any]:
+    """Return the manifest entry of a shard that is there already, reading every byte. See `ShardWriter.close`."""
+    shard = Shard(prefix)
+    return {
+        "documents": shard.num_documents,
+        "tokens": shard.num_tokens,
+        "dtype": shard.tokens.dtype.name,
+        "files": {path.name: _describe_file(path) for path in (bin_path(prefix), idx_path(prefix))},
+    }
 
 
 def require_disk(folder: Path, num_bytes: int) -> None:
@@ -286,6 +326,11 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.dtyp
     if bounds[0] != 0 or bounds[-1] != num_sequences:
         raise ValueError(f"{path}: documents cover sequences {bounds[0]} to {bounds[-1]} of {num_sequences}: damaged")
     return lengths, pointers, bounds, np.dtype(DTYPES[code])
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sync(file: BinaryIO) -> None:

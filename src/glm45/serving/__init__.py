@@ -1,1 +1,1 @@
-"""OpenAI-compatible server, chat page and terminal chat on top of the engine."""
+"""Serving: an OpenAI-compatible server with a chat page, and the same chat in a terminal, on top of the engine."""

@@ -1,0 +1,246 @@
+"""From a chat or completion request to what the engine is asked: token ids, sampling parameters, how to read it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from glm45.config import configuration
+from glm45.engine.request import Constraint, SamplingParams
+from glm45.serving.errors import ApiError, as_client_errors
+from glm45.serving.limits import Limits
+from glm45.serving.schemas import ChatRequest, CompletionRequest, NamedTool, Sampling, as_dicts
+from glm45.serving.thinking import ThinkingChoice, choose_thinking, mark_messages
+from glm45.text.chat import DialectName, render_tokens
+from glm45.text.special_tokens import THINK, TOOL_CALL, TOOL_CALL_END
+from glm45.text.tokenizer import Tokenizer
+
+
+@configuration
+class SamplingDefaults:
+    """What holds where a request says nothing; read from a checkpoint's `generation_config.json` where it has one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    enable_thinking: bool | None = None
+    """None leaves the choice to the model, as GLM-4.5's template does."""
+
+    def with_thinking(self, enable_thinking: bool | None) -> "SamplingDefaults":
+        """Return these with another thinking switch."""
+        return replace(self, enable_thinking=enable_thinking)
+
+
+class Context(Protocol):
+    """What planning needs to know about the server."""
+
+    tokenizer: Tokenizer
+    limits: Limits
+    defaults: SamplingDefaults
+    dialect: DialectName
+    max_length: int
+    """Most tokens of prompt and output together."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """One request to the engine, and how its output is read."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    tools: list[dict[str, Any]] | None = None
+    reasoning_open: bool = False
+    """Whether the prompt ends inside reasoning."""
+    is_chat: bool = True
+    """Whether the output is a message (reasoning, content, calls) and not plain text."""
+    think_first: int = 0
+    """Most tokens of reasoning before the answer proper begins; 0 where reasoning is not bounded apart."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_chat(request: ChatRequest, context: Context) -> Plan:
+    """Render the conversation and gather the parameters. Raises ApiError (400) with the field at fault."""
+    thinking = choose_thinking(request, context.defaults.enable_thinking)
+    tools = as_dicts(request.tools)
+    shown = [] if request.tool_choice == "none" else tools
+    prompt_ids = render_prompt(as_dicts(request.messages), shown, thinking, context, request.continue_final_message)
+    tokenizer = context.tokenizer
+    stop_ids, bias = list(request.stop_token_ids or ()), _logit_bias(request)
+    if tools and request.tool_choice == "none":
+        bias[tokenizer.special_id(TOOL_CALL)] = float("-inf")
+    if request.parallel_tool_calls is False:
+        stop_ids.append(tokenizer.special_id(TOOL_CALL_END))
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    params = _params(
+        request,
+        context,
+        len(prompt_ids),
+        _max_tokens(request),
+        logit_bias=bias,
+        stop_token_ids=tuple(stop_ids),
+        top_logprobs=request.top_logprobs or 0,
+        constraint=_constraint(request, tools),
+    )
+    return Plan(prompt_ids, params, tools or None, prompt_ids[-1] == tokenizer.special_id(THINK))
+
+
+def plan_completions(request: CompletionRequest, context: Context) -> list[Plan]:
+    """Return one plan for each prompt. Raises ApiError (400) with the field at fault."""
+    if request.best_of not in (None, request.n):
+        raise ApiError(400, "best_of is offered only where it equals n", param="best_of")
+    max_tokens = 16 if request.max_tokens is None else request.max_tokens  # 16 is OpenAI's default here
+    if max_tokens == 0 and not request.echo:
+        raise ApiError(400, "max_tokens is 0: ask for a token, or for echo", param="max_tokens")
+    plans = []
+    for prompt_ids in _prompts(request, context.tokenizer):
+        scored = request.echo and request.logprobs is not None
+        params = _params(
+            request,
+            context,
+            len(prompt_ids),
+            max(1, max_tokens),
+            logit_bias=_logit_bias(request),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            top_logprobs=request.logprobs or 0,
+            prompt_logprobs=scored,
+            detokenize=True,
+        )
+        plans.append(Plan(prompt_ids, params, is_chat=False))
+    return plans
+
+
+def render_prompt(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    thinking: ThinkingChoice,
+    context: Context,
+    continue_final: bool = False,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Return the ids of a conversation. Raises ApiError (400) for what the template cannot render."""
+    messages = mark_messages(messages)
+    if continue_final and messages[-1]["role"] != "assistant":
+        raise ApiError(400, "continue_final_message: the last message is not the assistant's", param="messages")
+    with as_client_errors("messages"):
+        return render_tokens(
+            messages,
+            context.tokenizer,
+            tools=tools or None,
+            enable_thinking=thinking.enabled,
+            clear_thinking=thinking.clear,
+            add_generation_prompt=add_generation_prompt and not continue_final,
+            dialect=context.dialect,
+        ).ids
+
+
+def _params(
+    request: Sampling, context: Context, num_prompt_tokens: int, max_tokens: int | None, **others: Any
+) -> SamplingParams:
+    """Return the engine's parameters, defaults filled in."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(request, name):
+            raise ApiError(400, f"{name} is not offered: use repetition_penalty", param=name)
+    defaults = context.defaults
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    top_k = defaults.top_k if request.top_k is None else max(request.top_k, 0)
+    with as_client_errors():
+        return SamplingParams(
+            n=request.n,
+            max_tokens=output_tokens(max_tokens, num_prompt_tokens, context),
+            min_tokens=request.min_tokens,
+            temperature=_or(request.temperature, defaults.temperature),
+            top_p=_or(request.top_p, defaults.top_p),
+            top_k=top_k,
+            min_p=_or(request.min_p, 0.0),
+            repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
+            seed=request.seed,
+            stop=tuple(stop),
+            ignore_eos=request.ignore_eos,
+            **others,
+        )
+
+
+def output_tokens(asked: int | None, num_prompt_tokens: int, context: Context) -> int:
+    """Return how many tokens may be generated: what was asked, or all that fits. Raises ApiError where it does not."""
+    prompt_limit = min(context.limits.prompt_tokens or context.max_length, context.max_length - 1)
+    if num_prompt_tokens > prompt_limit:
+        raise ApiError(
+            400,
+            f"the prompt has {num_prompt_tokens} tokens and at most {prompt_limit} are accepted (the context is "
+            f"{context.max_length} tokens): shorten the conversation",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    room, limit = context.max_length - num_prompt_tokens, context.limits.output_tokens
+    if asked is None:
+        return min(room, limit or room)
+    if limit and asked > limit:
+        raise ApiError(400, f"max_tokens is {asked} and this server gives at most {limit}", param="max_tokens")
+    if asked > room:
+        raise ApiError(
+            400,
+            f"max_tokens is {asked}, but with a prompt of {num_prompt_tokens} tokens the context of "
+            f"{context.max_length} has room for {room}: lower max_tokens or leave it out",
+            code="context_length_exceeded",
+            param="max_tokens",
+        )
+    return asked
+
+
+def _max_tokens(request: ChatRequest) -> int | None:
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise ApiError(400, f"max_tokens {old} and max_completion_tokens {new} differ: give one", param="max_tokens")
+    return new if new is not None else old
+
+
+def _constraint(request: ChatRequest, tools: list[dict[str, Any]]) -> Constraint | None:
+    """Return the grammar of the answer, if the request asks for one."""
+    choice, form = request.tool_choice, request.response_format
+    must_call = choice == "required" or isinstance(choice, NamedTool)
+    if must_call:
+        if form is not None and form.type != "text":
+            raise ApiError(400, "a required tool call leaves no room for response_format", param="response_format")
+        return Constraint(tools=tuple(_tools_to_call(choice, tools)))
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return Constraint(json_object=True)
+    if form.json_schema is None or form.json_schema.schema_ is None:
+        raise ApiError(400, "response_format json_schema needs json_schema.schema", param="response_format")
+    return Constraint(json_schema=form.json_schema.schema_)
+
+
+def _tools_to_call(choice: Any, tools: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    if not tools:
+        raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+    if not isinstance(choice, NamedTool):
+        return tools
+    name = choice.function.name
+    named = [tool for tool in tools if tool["function"]["name"] == name]
+    if not named:
+        raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
+    return named
+
+
+def _logit_bias(request: Sampling) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in (request.logit_bias or {}).items()}
+    except ValueError as error:
+        raise ApiError(400, f"logit_bias: its keys are token ids, as strings: {error}", param="logit_bias") from None
+
+
+def _prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+    prompt: Any = request.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    with as_client_errors("prompt"):
+        prompts = [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in prompt]
+    if not prompts or not all(prompts):
+        raise ApiError(400, "the prompt is empty: give at least one token", param="prompt")
+    return prompts
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

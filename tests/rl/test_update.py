@@ -1,6 +1,7 @@
 """The update: against a naive loop over unpacked samples, and the same however rows, ranks and minibatches are cut."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,14 +72,12 @@ def test_packing_changes_nothing(make_model, world, groups, gradients, changes):
 
 def test_two_ranks_add_up_to_one(make_model, world, groups, gradients):
     """Each rank takes every second row; the sum of their gradients is that of one rank. (gloo: test_ranks.py.)"""
-    import dataclasses
-
     config = LossConfig(micro_batch_tokens=24, clip_norm=1e9)
     whole, _ = gradient_of(PolicyTrainer(make_model(), config, world), groups, gradients)
     parts = []
     for rank in range(2):
         trainer = PolicyTrainer(make_model(), config, world)
-        trainer.world = dataclasses.replace(world, data_rank=rank, num_data_ranks=2)
+        trainer.world = SimpleNamespace(data_rank=rank, num_data_ranks=2)
         object.__setattr__(trainer, "_apply", lambda sums, largest: {**sums, "max_mismatch": 0.0, "grad_norm": 0.0})
         trainer.update(groups, 16)
         parts.append(gradients(trainer.model))

@@ -98,7 +98,7 @@ class PolicyTrainer:
     def _apply(self, sums: Sums, largest: float) -> Sums:
         """Reduce the gradient, step, and return the sums over all ranks."""
         names = [*SUMS, "loss", "mtp_loss", "entropy"]
-        reduced = self.world.sum_over_data(torch.tensor([sums[name] for name in names], dtype=torch.float64))
+        reduced = self.world.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64))
         record = dict(zip(names, reduced.tolist(), strict=True))
         record |= {"max_mismatch": self.world.largest(largest), "grad_norm": 0.0}
         if record["tokens"] == 0:

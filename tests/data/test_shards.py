@@ -1,5 +1,6 @@
 """Shards: the bytes are Megatron's, and damage of any kind is refused."""
 
+import resource
 import struct
 
 import numpy as np
@@ -85,6 +86,19 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OverflowError, match="70000"):
         write(tmp_path / "x", [[1], [70_000]])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    """Wherever the limit strikes: in the tokens, the lengths or the index."""
+    for limit in (1_000, 6_000, 9_000, 20_500):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+        try:
+            with pytest.raises(OSError, match="large"):
+                write(tmp_path / "x", [[1, 2, 3, 4]] * 2_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_write_is_not_taken_for_a_shard(tmp_path):

@@ -7,6 +7,7 @@ document bounds (int64) as sequence numbers. We write one sequence a document; s
 Shapes: N documents.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -101,9 +102,10 @@ class ShardWriter:
         return self.entry
 
     def discard(self) -> None:
-        """Remove everything that was written."""
-        self._bin.close()
-        self._lengths.close()
+        """Remove everything that was written and not moved to its final name."""
+        for file in (self._bin, self._lengths):
+            with contextlib.suppress(OSError):  # closing writes what is left, on a disk that may be full
+                file.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
@@ -111,9 +113,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.discard()
 
     def _write_index(self, file: BinaryIO) -> Any:

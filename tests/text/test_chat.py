@@ -20,6 +20,11 @@ RENDERINGS = {
         {"add_generation_prompt": True, "enable_thinking": False},
         "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>",
     ),
+    "direct question, as the user wrote it": (
+        [{"role": "user", "content": "hi/nothink"}],
+        {"add_generation_prompt": True, "enable_thinking": False},
+        "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>",
+    ),
     "history": (
         [
             {"role": "system", "content": "S"},

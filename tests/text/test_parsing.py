@@ -39,6 +39,7 @@ CASES = {
     ),
     "content around calls": (f"A.\n{CALL}\nB.\n{CALL}", False, None, "A.\nB.", ["get_weather"] * 2, []),
     "white space between calls": (f"{CALL}\n    {CALL}\n", False, None, None, ["get_weather"] * 2, []),
+    "spaces before a call": (f"A. {CALL}", False, None, "A. ", ["get_weather"], []),
     "no arguments": ("<tool_call>now\n</tool_call>", False, None, None, ["now"], []),
     "no arguments, 4.7": ("<tool_call>now</tool_call>", False, None, None, ["now"], []),
     "ended": ("C<|user|>", False, None, "C", [], []),
@@ -209,8 +210,9 @@ def test_values_are_typed_by_the_schema(schema, written, read, kinds):
 
 
 def test_json_is_passed_on_as_written():
+    """Only white space around it is dropped: not the spelling of numbers, nor digits that no float holds."""
     number = "1" * 6000
-    text = f'<tool_call>f\n<arg_key>k</arg_key>\n<arg_value>{{"a":{number},  "b":1.50}}</arg_value>\n</tool_call>'
+    text = f'<tool_call>f\n<arg_key>k</arg_key>\n<arg_value> {{"a":{number},  "b":1.50}}\n</arg_value>\n</tool_call>'
     (call,) = parse(text).message["tool_calls"]
     assert call["function"]["arguments"] == f'{{"k": {{"a":{number},  "b":1.50}}}}'
 

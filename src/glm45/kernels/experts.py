@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from glm45.kernels import native
+from glm45.kernels.products import prepare, product
 from glm45.kernels.swiglu import native_swiglu, native_swiglu_backward, swiglu
 
 
@@ -101,19 +102,19 @@ class _NativeExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         num_experts, size, intermediate = down_EDI.shape
         ctx.weight_dtype = gate_up_E2ID.dtype
-        gate_up_EDJ = gate_up_E2ID.to(x_ND.dtype).view(num_experts, 2 * intermediate, size).mT
-        down_EID = down_EDI.to(x_ND.dtype).mT
+        gate_up_EDJ = prepare(gate_up_E2ID, x_ND.dtype).view(num_experts, 2 * intermediate, size).mT
+        down_EID = prepare(down_EDI, x_ND.dtype).mT
         ctx.routing = routing = _Routing(expert_ids_NK, num_experts)
         row_weights_R = weights_NK.flatten()[routing.pair_of_row]
         x_RD = routing.gather(x_ND)
         num_rows = x_RD.shape[0]
         gate_up_R2I = x_ND.new_empty(num_rows, 2 * intermediate)
         for expert, rows in routing.slices:
-            torch.mm(x_RD[rows], gate_up_EDJ[expert], out=gate_up_R2I[rows])
+            product(x_RD[rows], gate_up_EDJ[expert], out_MN=gate_up_R2I[rows])
         hidden_RI = x_ND.new_empty(num_rows, intermediate)
         native_swiglu(gate_up_R2I, row_weights_R, hidden_RI)
         for expert, rows in routing.slices:
-            torch.mm(hidden_RI[rows], down_EID[expert], out=x_RD[rows])
+            product(hidden_RI[rows], down_EID[expert], out_MN=x_RD[rows])
         ctx.save_for_backward(x_ND, gate_up_EDJ, down_EID, row_weights_R, gate_up_R2I)
         return routing.combine(x_RD)
 
@@ -125,7 +126,7 @@ class _NativeExperts(torch.autograd.Function):
         grad_RD = routing.gather(grad_ND)
         grad_hidden_RI = gate_up_R2I.new_empty(gate_up_R2I.shape[0], down_EID.shape[1])
         for expert, rows in routing.slices:
-            torch.mm(grad_RD[rows], down_EID[expert].mT, out=grad_hidden_RI[rows])
+            product(grad_RD[rows], down_EID[expert].mT, out_MN=grad_hidden_RI[rows])
         hidden_RI, grad_weights_R = torch.empty_like(grad_hidden_RI), torch.empty_like(row_weights_R)
         grad_gate_up_R2I = torch.empty_like(gate_up_R2I)
         native_swiglu_backward(
@@ -133,7 +134,7 @@ class _NativeExperts(torch.autograd.Function):
         )
         grad_down_EDI = _products_by_expert(routing, grad_RD, hidden_RI, ctx.weight_dtype)
         for expert, rows in routing.slices:  # x's gradient takes the place of the output's, which is spent
-            torch.mm(grad_gate_up_R2I[rows], gate_up_EDJ[expert].mT, out=grad_RD[rows])
+            product(grad_gate_up_R2I[rows], gate_up_EDJ[expert].mT, out_MN=grad_RD[rows])
         grad_x_ND = routing.combine(grad_RD)
         grad_gate_up = _products_by_expert(routing, grad_gate_up_R2I, routing.gather(x_ND), ctx.weight_dtype)
         num_experts, size, intermediate = grad_down_EDI.shape
@@ -150,8 +151,5 @@ def _products_by_expert(
     full = len(routing.slices) == num_experts
     out_EAB = left_RA.new_empty(shape, dtype=dtype) if full else left_RA.new_zeros(shape, dtype=dtype)
     for expert, rows in routing.slices:
-        if dtype == left_RA.dtype:
-            torch.mm(left_RA[rows].T, right_RB[rows], out=out_EAB[expert])
-        else:
-            out_EAB[expert] = left_RA[rows].T @ right_RB[rows]
+        product(left_RA[rows].T, right_RB[rows], out_MN=out_EAB[expert])
     return out_EAB

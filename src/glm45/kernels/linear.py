@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from glm45.kernels.products import prepare, product
+
 
 def linear(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """Return `x @ weight.T + bias` in x's dtype; the weight may be of another dtype, such as an fp32 master copy.
@@ -22,19 +24,19 @@ def linear(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
 
 class _MasterLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-        cast_OI = weight_OI.to(x_NI.dtype)
-        ctx.save_for_backward(x_NI, cast_OI)
+    def forward(ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        x_NI, used_OI = x.reshape(-1, x.shape[-1]), prepare(weight_OI, x.dtype)
+        ctx.save_for_backward(x_NI, used_OI)
         ctx.weight_dtype = weight_OI.dtype
-        return F.linear(x_NI, cast_OI, None if bias_O is None else bias_O.to(x_NI.dtype))
+        return product(x_NI, used_OI.T, bias_N=bias_O).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NI, cast_OI = ctx.saved_tensors
-        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x_NI.reshape(-1, x_NI.shape[-1])
+        x_NI, used_OI = ctx.saved_tensors
+        grad_NO = grad.reshape(-1, grad.shape[-1])
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x = (grad_NO @ cast_OI).view(*grad.shape[:-1], -1) if need_x else None
-        grad_weight = (grad_NO.T @ x_NI).to(ctx.weight_dtype) if need_weight else None
+        grad_x = product(grad_NO, used_OI).view(*grad.shape[:-1], -1) if need_x else None
+        grad_weight = product(grad_NO.T, x_NI, dtype=ctx.weight_dtype) if need_weight else None
         grad_bias = grad_NO.sum(0, dtype=ctx.weight_dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from glm45.kernels import native
+from glm45.kernels.products import prepare, product
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits of one chunk: few enough for a core's cache, enough rows for an efficient product."""
@@ -112,7 +113,8 @@ class _Head:
 
     def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, need_hidden: bool, need_weight: bool):
         self.hidden_ND, self.weight_dtype = hidden_ND, weight_VD.dtype
-        self.weight_VD = weight_VD.to(hidden_ND.dtype)
+        self.weight_VD = prepare(weight_VD, hidden_ND.dtype)
+        self.logits_dtype = torch.promote_types(hidden_ND.dtype, self.weight_VD.dtype)
         self.loss_dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         self.grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
         self.grad_weight_VD = torch.zeros_like(weight_VD, dtype=self.loss_dtype) if need_weight else None
@@ -122,17 +124,13 @@ class _Head:
         return [slice(start, start + size) for start in range(0, self.hidden_ND.shape[0], size)]
 
     def logits(self, rows: slice) -> torch.Tensor:
-        return self.hidden_ND[rows] @ self.weight_VD.T
+        return product(self.hidden_ND[rows], self.weight_VD.T, dtype=self.logits_dtype)
 
     def accumulate(self, rows: slice, grad_logits_CV: torch.Tensor) -> None:
         if self.grad_hidden_ND is not None:
-            torch.mm(grad_logits_CV, self.weight_VD, out=self.grad_hidden_ND[rows])
-        if self.grad_weight_VD is None:
-            return
-        if grad_logits_CV.dtype == self.loss_dtype:
-            self.grad_weight_VD.addmm_(grad_logits_CV.T, self.hidden_ND[rows])
-        else:
-            self.grad_weight_VD += grad_logits_CV.T @ self.hidden_ND[rows]
+            product(grad_logits_CV, self.weight_VD, out_MN=self.grad_hidden_ND[rows])
+        if self.grad_weight_VD is not None:
+            product(grad_logits_CV.T, self.hidden_ND[rows], out_MN=self.grad_weight_VD, add=True)
 
     def gradients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         weight = self.grad_weight_VD

@@ -81,6 +81,17 @@ def supports(*tensors: torch.Tensor | None) -> bool:
     return dtype in DTYPES and library() is not None
 
 
+def has(probe: str) -> bool:
+    """Say whether the library was compiled with a feature: `probe` names a function that returns 0 or 1."""
+    loaded = library()
+    return loaded is not None and bool(getattr(loaded, probe)())
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """Return where a tensor of any strides begins."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 def function(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:
     """Return a kernel that takes tensors (contiguous, kept alive by the caller), None, integers and floats."""
     return _function(name if dtype is None else f"{name}_{DTYPES[dtype]}")
@@ -97,6 +108,12 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm45"
+
+
+def cached_file(name: str) -> Path:
+    """Return the path of a file that belongs to this very library, beside it."""
+    path = Path(status().reason)
+    return path.with_name(f"{path.stem}-{name}")
 
 
 def build(folder: Path) -> Path:
@@ -172,4 +189,4 @@ def _to_c(argument: Any) -> Any:
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return None if argument is None else ctypes.c_int64(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument

@@ -58,9 +58,13 @@ struct Head {
 
     void transpose(int64_t padded, int64_t D) {
         columns.resize(padded * D);
-        for (int64_t block = 0; block < padded; block += LANES)
-            for (int64_t d = 0; d < D; ++d)
-                for (int64_t t = block; t < block + LANES; ++t) columns[d * padded + t] = rows[t * D + d];
+        for (int64_t t = 0; t < padded; t += LANES)
+            for (int64_t d = 0; d < D; d += LANES) {
+                floats tile[LANES];
+                for (int64_t r = 0; r < LANES; ++r) tile[r] = load(&rows[(t + r) * D + d]);
+                transpose_tile(tile);
+                for (int64_t r = 0; r < LANES; ++r) store(&columns[(d + r) * padded + t], tile[r]);
+            }
     }
 };
 
@@ -71,25 +75,32 @@ inline void document_starts(const int64_t* document_ids, int64_t T, std::vector<
     for (int64_t t = 1; t < T; ++t) starts[t] = document_ids[t] == document_ids[t - 1] ? starts[t - 1] : t;
 }
 
+// Lanes of the columns j, j + 1, ... that lie within [low, high].
+inline ints within(int64_t j, int64_t low, int64_t high) {
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints column = lane + (int32_t)j;
+    return (column >= (int32_t)low) & (column <= (int32_t)high);
+}
+
 // Turns scores[first:last) of one row into exp(score - shift), zero outside [low, high], and returns their sum.
 inline float exponentiate(float* scores, int64_t first, int64_t last, int64_t low, int64_t high, float shift) {
     floats total = {};
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t j = first; j < last; j += LANES) {
-        ints column = lane + (int32_t)j;
         floats e = exponential(load(scores + j) - shift);
-        e = (column >= (int32_t)low) & (column <= (int32_t)high) ? e : floats{};
+        e = within(j, low, high) ? e : floats{};
         store(scores + j, e);
         total += e;
     }
     return sum(total);
 }
 
-inline float row_maximum(const float* scores, int64_t low, int64_t high) {
-    float best = scores[low];
-#pragma omp simd reduction(max : best)
-    for (int64_t j = low; j <= high; ++j) best = std::max(best, scores[j]);
-    return best;
+inline float row_maximum(const float* scores, int64_t first, int64_t last, int64_t low, int64_t high) {
+    floats best = broadcast(-INFINITY);
+    for (int64_t j = first; j < last; j += LANES) {
+        floats x = load(scores + j);
+        best = maximum(best, within(j, low, high) ? x : best);
+    }
+    return maximum(best);
 }
 
 struct Shape {
@@ -125,7 +136,7 @@ void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, fl
                     float inverse[ROWS] = {};
                     for (int64_t r = 0; r < rows; ++r) {
                         float* row = &scores[r * padded];
-                        float top = row_maximum(row, starts[i + r], i + r);
+                        float top = row_maximum(row, first, last, starts[i + r], i + r);
                         float total = exponentiate(row, first, last, starts[i + r], i + r, top);
                         inverse[r] = 1.0f / total;
                         log_sums[((b * s.K + head) * s.G + g) * s.T + i + r] = top + std::log(total);

@@ -4,6 +4,10 @@
 // fp32 whatever the storage type. Nothing here depends on torch: the interface is plain C over raw pointers.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -24,7 +28,7 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-inline floats broadcast(float value) { return floats{} + value; }
+inline floats broadcast(float value) { return value - floats{}; }  // x - 0 is exactly x, and folds away
 
 inline floats load(const float* p) { return *reinterpret_cast<const loose_floats*>(p); }
 inline void store(float* p, floats v) { *reinterpret_cast<loose_floats*>(p) = v; }
@@ -35,11 +39,24 @@ inline floats load(const bfloat16* p) {
 }
 
 inline void store(bfloat16* p, floats v) {
+#ifdef __AVX512BF16__
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &rounded, sizeof rounded);
+#else
     words bits = (words)v;
     words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     words quiet = (bits >> 16) | 0x40;                           // a NaN must not round to infinity
     words chosen = (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
     *reinterpret_cast<loose_halves*>(p) = __builtin_convertvector(chosen, halves);
+#endif
+}
+
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) {
+    uint32_t bits = uint32_t{x.bits} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 inline float sum(floats v) {
@@ -80,6 +97,29 @@ inline floats exponential(floats x) {
 }
 
 inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// One step of transposing 16 x 16: swaps the off-diagonal blocks of size STEP of every 2 STEP x 2 STEP block.
+template <int STEP>
+inline void exchange(floats* tile) {
+    ints upper, lower;
+    for (int lane = 0; lane < LANES; ++lane) {
+        upper[lane] = lane & STEP ? LANES + lane - STEP : lane;
+        lower[lane] = lane & STEP ? LANES + lane : lane + STEP;
+    }
+    for (int r = 0; r < LANES; ++r) {
+        if (r & STEP) continue;
+        floats a = tile[r], b = tile[r + STEP];
+        tile[r] = __builtin_shuffle(a, b, upper);
+        tile[r + STEP] = __builtin_shuffle(a, b, lower);
+    }
+}
+
+inline void transpose_tile(floats* tile) {
+    exchange<8>(tile);
+    exchange<4>(tile);
+    exchange<2>(tile);
+    exchange<1>(tile);
+}
 
 // Calls body(begin, end, thread) over [0, count), split evenly over threads; plain call for one thread.
 template <class Body>

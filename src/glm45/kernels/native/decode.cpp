@@ -1,0 +1,887 @@
+// A whole decoding step in one call: every decoder layer over a flat row of tokens with a paged cache, on a pool of
+// threads of its own; then the head, and sampling where temperature alone shapes the distribution.
+//
+// N rows (tokens of many sequences), D hidden size, K key/value groups of G query heads each, H head size.
+//
+// Every output element is one chain of additions whose order depends on the weights' shape alone: results are bitwise
+// equal for any batch, any chunk of a prompt and any number of threads. Weights are packed in panels of 64 outputs
+// (see `kernels/decode.py`), so that a product is an outer product per input: no horizontal sums, and one row streams
+// through the weights at the speed of memory.
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t PANEL = 64;                 // outputs that are computed together
+constexpr int64_t VECTORS = PANEL / LANES;    // registers that hold them
+constexpr int64_t SLOTS = LANES;              // tokens of a cache block
+constexpr int64_t CHUNK_ROWS = 48;            // rows that one task multiplies with one panel
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 6;                  // 24 accumulators, 4 weights, 1 input: what 32 registers hold
+#else
+constexpr int TILE_ROWS = 1;
+#endif
+
+// ---------------------------------------------------------------------------------------------------- threads
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// A number that threads wait on: they look at it for some microseconds, then sleep, so that a waiting thread does
+// not take a core from another process.
+struct Signal {
+    std::atomic<uint32_t> value{0};
+    std::atomic<int> sleepers{0};
+
+    void wait_past(uint32_t old) {
+        for (int look = 0; look < 600; ++look) {
+            if (value.load(std::memory_order_acquire) != old) return;
+            relax();
+        }
+        sleepers.fetch_add(1);
+        while (value.load() == old)
+            syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+        sleepers.fetch_sub(1);
+    }
+
+    void advance() {
+        value.fetch_add(1);
+        if (sleepers.load())
+            syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    }
+};
+
+class Pool {
+  public:
+    explicit Pool(int count) : count_(count) {
+        for (int thread = 1; thread < count; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+    }
+
+    ~Pool() {
+        stop_ = true;
+        start_.advance();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    int size() const { return count_; }
+
+    // Runs body(thread) on every thread and returns when all are done.
+    template <class Body>
+    void run(const Body& body) {
+        next_ = 0;
+        job_ = [&body](int thread) { body(thread); };
+        if (count_ > 1) start_.advance();
+        body(0);
+        barrier();
+    }
+
+    // Within run: returns when every thread is here. The last to arrive restarts the count of tasks.
+    void barrier() {
+        if (count_ == 1) {
+            next_.store(0, std::memory_order_relaxed);
+            return;
+        }
+        uint32_t old = passed_.value.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1) + 1 == count_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            next_.store(0, std::memory_order_relaxed);
+            passed_.advance();
+        } else {
+            passed_.wait_past(old);
+        }
+    }
+
+    // Within run: every thread takes tasks 0..count-1 in turn until none is left, then waits for the others.
+    template <class Body>
+    void tasks(int64_t count, const Body& body) {
+        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+        barrier();
+    }
+
+  private:
+    void serve(int thread) {
+        for (uint32_t seen = 0;;) {
+            start_.wait_past(seen);
+            ++seen;
+            if (stop_) return;
+            job_(thread);
+            barrier();
+        }
+    }
+
+    int count_;
+    std::vector<std::thread> workers_;
+    Signal start_, passed_;
+    std::atomic<int> arrived_{0};
+    std::atomic<int64_t> next_{0};
+    std::atomic<bool> stop_{false};
+    std::function<void(int)> job_;
+};
+
+// ---------------------------------------------------------------------------------------------------- shapes
+
+// Filled by kernels/decode.py: every field is eight bytes.
+struct Shape {
+    int64_t hidden, groups, group_heads, head_dim, rotary_half, experts, top_k, moe_width, vocab;
+    int64_t norm_top_k;
+    double eps, scale, routed_scale;
+    const float *embeddings, *cosines, *sines;
+    const void* head;
+
+    int64_t group_rows() const { return (group_heads + 2) * head_dim; }
+    int64_t heads_width() const { return groups * group_heads * head_dim; }
+};
+
+struct Layer {
+    const float *input_norm, *post_norm, *q_norm, *k_norm, *qkv_bias;
+    const void *qkv, *o_proj;
+    const float *router, *router_bias;            // null in a dense layer
+    const void *expert_gate_up, *expert_down;
+    const void *gate_up, *down;                   // the dense layer's, or the shared expert's (null if there is none)
+    int64_t width;                                // of gate_up's output
+    float *keys, *values;                         // [block, K, H, 16] and [block, K, 16, H]
+};
+
+struct Mtp {
+    const float *embedding_norm, *hidden_norm;
+    const void* combine;
+};
+
+struct Rows {
+    int64_t count;
+    const int32_t *tokens, *positions, *slots, *sequence, *blocks, *block_starts;
+    int64_t first_slot;
+
+    int64_t block_of(int64_t row, int64_t slot) const { return blocks[block_starts[sequence[row]] + slot / SLOTS]; }
+};
+
+inline int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
+inline int64_t padded(int64_t outputs) { return panels(outputs) * PANEL; }
+inline int64_t gated_panels(int64_t width) { return (width + PANEL / 2 - 1) / (PANEL / 2); }
+inline int64_t gated_padded(int64_t width) { return gated_panels(width) * PANEL / 2; }
+
+template <class T>
+inline int64_t panel_size(int64_t inputs) {  // elements; bf16 inputs go in pairs
+    return PANEL * (sizeof(T) == 2 ? (inputs + 1) / 2 * 2 : inputs);
+}
+
+// ---------------------------------------------------------------------------------------------------- products
+
+template <int ROWS>
+inline void multiply(const float* const* rows, const float* panel, int64_t inputs, floats (&sums)[ROWS][VECTORS]) {
+    const float* x[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        x[r] = rows[r];
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = floats{};
+    }
+    for (int64_t i = 0; i < inputs; ++i, panel += PANEL) {
+        floats w[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + v * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            floats value = broadcast(x[r][i]);
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] += value * w[v];
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+template <int ROWS>
+inline void multiply(const bfloat16* const* rows, const bfloat16* panel, int64_t inputs,
+                     floats (&sums)[ROWS][VECTORS]) {
+    const int32_t* x[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        x[r] = reinterpret_cast<const int32_t*>(rows[r]);
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = floats{};
+    }
+    for (int64_t i = 0; i < (inputs + 1) / 2; ++i, panel += 2 * PANEL) {
+        __m512bh w[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            __m512bh value = (__m512bh)_mm512_set1_epi32(x[r][i]);
+            for (int v = 0; v < VECTORS; ++v)
+                sums[r][v] = (floats)_mm512_dpbf16_ps((__m512)sums[r][v], value, w[v]);
+        }
+    }
+}
+#endif
+
+// Calls use(row, sums) for each of `count` rows times one panel.
+template <int ROWS, class T, class Use>
+inline void tile(const T* const* rows, int64_t first, const T* panel, int64_t inputs, const Use& use) {
+    floats sums[ROWS][VECTORS];
+    multiply<ROWS>(rows + first, panel, inputs, sums);
+    for (int r = 0; r < ROWS; ++r) use(first + r, sums[r]);
+}
+
+template <class T, class Use>
+inline void product(const T* const* rows, int64_t count, const T* panel, int64_t inputs, const Use& use) {
+    int64_t first = 0;
+    for (; first + TILE_ROWS <= count; first += TILE_ROWS) tile<TILE_ROWS>(rows, first, panel, inputs, use);
+    switch (count - first) {
+        case 5: tile<5>(rows, first, panel, inputs, use); break;
+        case 4: tile<4>(rows, first, panel, inputs, use); break;
+        case 3: tile<3>(rows, first, panel, inputs, use); break;
+        case 2: tile<2>(rows, first, panel, inputs, use); break;
+        case 1: tile<1>(rows, first, panel, inputs, use); break;
+        default: break;
+    }
+}
+
+template <class Out>
+inline void store_panel(Out* out, const floats (&sums)[VECTORS]) {
+    for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, sums[v]);
+}
+
+template <class Out>
+inline void store_gated(Out* out, const floats (&sums)[VECTORS]) {  // the panel's first half gates its second
+    for (int v = 0; v < VECTORS / 2; ++v) store(out + v * LANES, sums[v] * sigmoid(sums[v]) * sums[v + VECTORS / 2]);
+}
+
+// ---------------------------------------------------------------------------------------------------- rows
+
+inline float mean_square(const float* x, int64_t size) {
+    floats squares{};
+    for (int64_t i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
+    return sum(squares) / size;
+}
+
+template <class Out>
+inline void norm(const float* x, const float* weight, int64_t size, double eps, Out* out) {
+    float scale = 1.0f / std::sqrt(mean_square(x, size) + static_cast<float>(eps));
+    for (int64_t i = 0; i < size; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+inline float dot(const float* a, const float* b, int64_t size) {
+    floats total{};
+    for (int64_t i = 0; i < size; i += LANES) total += load(a + i) * load(b + i);
+    return sum(total);
+}
+
+// Turns one row of a group's queries, key and value (as they come from the product) into what attention reads.
+void finish_group(const Shape& s, const Layer& layer, const Rows& rows, int64_t row, int64_t group, float* qkv,
+                  float* queries) {
+    const int64_t head_dim = s.head_dim, half = s.rotary_half;
+    if (layer.qkv_bias)
+        for (int64_t i = 0; i < s.group_rows(); i += LANES)
+            store(qkv + i, load(qkv + i) + load(layer.qkv_bias + group * s.group_rows() + i));
+    const float* cosines = s.cosines + rows.positions[row] * half;
+    const float* sines = s.sines + rows.positions[row] * half;
+    for (int64_t head = 0; head <= s.group_heads; ++head) {
+        float* x = qkv + head * head_dim;
+        const float* weight = head == s.group_heads ? layer.k_norm : layer.q_norm;
+        if (weight) norm(x, weight, head_dim, s.eps, x);
+        for (int64_t i = 0; i < half; ++i) {
+            float a = x[i], b = x[i + half];
+            x[i] = a * cosines[i] - b * sines[i];
+            x[i + half] = b * cosines[i] + a * sines[i];
+        }
+    }
+    for (int64_t i = 0; i < s.group_heads * head_dim; i += LANES)
+        store(queries + i, load(qkv + i) * static_cast<float>(s.scale));
+    const int64_t slot = rows.slots[row], place = slot % SLOTS;
+    const int64_t block = (rows.block_of(row, slot) * s.groups + group) * head_dim * SLOTS;
+    const float* key = qkv + s.group_heads * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) layer.keys[block + i * SLOTS + place] = key[i];
+    std::memcpy(layer.values + block + place * head_dim, key + head_dim, head_dim * sizeof(float));
+}
+
+// One row, one query head over its whole context; scores is scratch of a context's length.
+template <int HEAD_VECTORS, class Out>
+void attend(const Shape& s, const Layer& layer, const Rows& rows, int64_t row, int64_t group, const float* query,
+            float* scores, Out* out) {
+    constexpr int64_t HEAD = HEAD_VECTORS * LANES;
+    const int64_t context = rows.slots[row] + 1, num_blocks = (context + SLOTS - 1) / SLOTS;
+    const floats lowest = broadcast(-std::numeric_limits<float>::infinity());
+    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    floats best = lowest;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+        const float* keys = layer.keys + (rows.block_of(row, b * SLOTS) * s.groups + group) * HEAD * SLOTS;
+        floats parts[4] = {};
+        for (int64_t i = 0; i < HEAD; i += 4)
+            for (int p = 0; p < 4; ++p) parts[p] += load(keys + (i + p) * SLOTS) * query[i + p];
+        floats score = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+        ints slots = lanes + static_cast<int32_t>(b * SLOTS);
+        score = slots < static_cast<int32_t>(context) ? score : lowest;
+        score = slots >= static_cast<int32_t>(rows.first_slot) ? score : lowest;
+        store(scores + b * SLOTS, score);
+        best = maximum(best, score);
+    }
+    const float highest = maximum(best);
+    floats total{};
+    for (int64_t b = 0; b < num_blocks; ++b) {
+        floats score = load(scores + b * SLOTS);
+        floats weight = score == lowest ? floats{} : exponential(score - highest);
+        store(scores + b * SLOTS, weight);
+        total += weight;
+    }
+    const float inverse = 1.0f / sum(total);
+    floats sums[HEAD_VECTORS] = {};
+    for (int64_t slot = 0; slot < context; ++slot) {
+        const int64_t block = (rows.block_of(row, slot) * s.groups + group) * HEAD * SLOTS;
+        const float* value = layer.values + block + slot % SLOTS * HEAD;
+        for (int v = 0; v < HEAD_VECTORS; ++v) sums[v] += load(value + v * LANES) * scores[slot];
+    }
+    for (int v = 0; v < HEAD_VECTORS; ++v) store(out + v * LANES, sums[v] * inverse);
+}
+
+template <class Out>
+void attend_group(const Shape& s, const Layer& layer, const Rows& rows, int64_t row, int64_t group,
+                  const float* queries, float* scores, Out* out) {
+    for (int64_t head = 0; head < s.group_heads; ++head) {
+        const float* query = queries + head * s.head_dim;
+        Out* result = out + head * s.head_dim;
+        switch (s.head_dim) {
+            case 16: attend<1>(s, layer, rows, row, group, query, scores, result); break;
+            case 32: attend<2>(s, layer, rows, row, group, query, scores, result); break;
+            case 64: attend<4>(s, layer, rows, row, group, query, scores, result); break;
+            case 128: attend<8>(s, layer, rows, row, group, query, scores, result); break;
+            default: __builtin_trap();  // kernels/decode.py refuses other sizes
+        }
+    }
+}
+
+// Chooses the experts of one row by biased score, and weighs them by score.
+void route(const Shape& s, const Layer& layer, const float* x, float* scratch, int32_t* experts, float* weights) {
+    float* scores = scratch;
+    float* choices = scratch + s.experts;
+    for (int64_t e = 0; e < s.experts; ++e) {
+        scores[e] = sigmoid(broadcast(dot(x, layer.router + e * s.hidden, s.hidden)))[0];
+        choices[e] = scores[e] + layer.router_bias[e];
+    }
+    float total = 0;
+    for (int64_t k = 0; k < s.top_k; ++k) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < s.experts; ++e)
+            if (choices[e] > choices[best]) best = e;
+        choices[best] = -std::numeric_limits<float>::infinity();
+        experts[k] = static_cast<int32_t>(best);
+        weights[k] = scores[best];
+        total += scores[best];
+    }
+    const float scale = static_cast<float>(s.routed_scale) / (s.norm_top_k ? total + 1e-20f : 1.0f);
+    for (int64_t k = 0; k < s.top_k; ++k) weights[k] *= scale;
+}
+
+// ---------------------------------------------------------------------------------------------------- the step
+
+template <class X>
+struct Buffer {  // grows and never shrinks; contents are not kept
+    std::unique_ptr<X[]> data;
+    size_t size = 0;
+    X* need(size_t wanted) {
+        if (wanted > size) data.reset(new X[size = wanted]);
+        return data.get();
+    }
+};
+
+struct Task {
+    int32_t expert;  // -1 is the shared expert
+    int32_t first, count, panel;
+};
+
+template <class T>
+struct Workspace {
+    Buffer<float> residual, qkv, queries, delta, shared, scratch, weights, routed;
+    Buffer<T> x, heads, gated, shared_gated;
+    Buffer<float> wide_x;  // what the router reads
+    Buffer<int32_t> experts, order, places, firsts;
+    Buffer<const T*> x_rows, head_rows, gated_rows, shared_gated_rows, expert_rows;
+    std::vector<Task> up_tasks, down_tasks;
+};
+
+struct Decoder {
+    explicit Decoder(int threads) : pool(threads) {}
+    Pool pool;
+    Workspace<float> single;
+    Workspace<bfloat16> half;
+};
+
+template <class T>
+void point(Buffer<const T*>& pointers, const T* data, int64_t count, int64_t stride) {
+    const T** p = pointers.need(count);
+    for (int64_t i = 0; i < count; ++i) p[i] = data + i * stride;
+}
+
+template <class T>
+class Step {
+  public:
+    Step(Pool& pool, Workspace<T>& w, const Shape& s, const Rows& rows) : pool_(pool), w_(w), s_(s), rows_(rows) {
+        const int64_t n = rows.count, d = s.hidden;
+        int64_t context = 0;
+        for (int64_t i = 0; i < n; ++i) context = std::max<int64_t>(context, rows.slots[i] + 1);
+        scratch_size_ = std::max(context + SLOTS, 2 * s.experts + LANES);
+        w.scratch.need(pool.size() * scratch_size_);
+        w.residual.need(n * padded(d));
+        w.wide_x.need(n * d);
+        w.qkv.need(n * s.groups * s.group_rows());
+        w.queries.need(n * s.heads_width());
+        w.delta.need(n * padded(d));
+        w.shared.need(n * padded(d));
+        w.x.need(n * 2 * d + 2);
+        w.heads.need(n * s.heads_width());
+        w.experts.need(n * s.top_k);
+        w.weights.need(n * s.top_k);
+        w.order.need(n * s.top_k);
+        w.places.need(n * s.top_k);
+        w.firsts.need(s.experts + 1);
+        w.expert_rows.need(n * s.top_k);
+        w.routed.need(n * s.top_k * padded(d));
+        w.gated.need(n * s.top_k * gated_padded(s.moe_width));
+        point(w.x_rows, w.x.data.get(), n, d);
+        point(w.head_rows, w.heads.data.get(), n, s.heads_width());
+        point(w.gated_rows, w.gated.data.get(), n * s.top_k, gated_padded(s.moe_width));
+    }
+
+    // Layers one after the other; `final_norm` ends in `hidden_out` [N, D].
+    void run(const Layer* layers, int64_t num_layers, const Mtp* mtp, const float* hidden_in, const float* final_norm,
+             float* hidden_out) {
+        int64_t width = 0;
+        for (int64_t l = 0; l < num_layers; ++l)
+            if (layers[l].gate_up) width = std::max(width, layers[l].width);
+        w_.shared_gated.need(rows_.count * gated_padded(width));
+        pool_.run([&](int thread) {
+            if (mtp)
+                combine(*mtp, hidden_in, layers[0].input_norm);
+            else
+                embed(layers[0].input_norm);
+            for (int64_t l = 0; l < num_layers; ++l) {
+                const Layer& layer = layers[l];
+                attention(layer, thread);
+                const bool last = l + 1 == num_layers;
+                const float* next_norm = last ? final_norm : layers[l + 1].input_norm;
+                if (layer.router)
+                    experts(layer, thread, next_norm, last ? hidden_out : nullptr);
+                else
+                    dense(layer, next_norm, last ? hidden_out : nullptr);
+            }
+        });
+    }
+
+  private:
+    float* residual(int64_t row) { return w_.residual.data.get() + row * padded(s_.hidden); }
+    T* x(int64_t row) { return w_.x.data.get() + row * s_.hidden; }
+    float* scratch(int thread) { return w_.scratch.data.get() + thread * scratch_size_; }
+
+    void embed(const float* weight) {
+        pool_.tasks(rows_.count, [&](int64_t row) {
+            std::memcpy(residual(row), s_.embeddings + rows_.tokens[row] * s_.hidden, s_.hidden * sizeof(float));
+            norm(residual(row), weight, s_.hidden, s_.eps, x(row));
+        });
+    }
+
+    // The MTP layer's input: the next token's embedding and the hidden state, normed, side by side, projected.
+    void combine(const Mtp& mtp, const float* hidden_in, const float* weight) {
+        const int64_t d = s_.hidden;
+        T* pairs = w_.x.data.get();
+        pool_.tasks(rows_.count, [&](int64_t row) {
+            norm(s_.embeddings + rows_.tokens[row] * d, mtp.embedding_norm, d, s_.eps, pairs + 2 * row * d);
+            norm(hidden_in + row * d, mtp.hidden_norm, d, s_.eps, pairs + (2 * row + 1) * d);
+        });
+        const T* packed = static_cast<const T*>(mtp.combine);
+        const int64_t chunks = num_chunks();
+        pool_.tasks(panels(d) * chunks, [&](int64_t task) {
+            const int64_t panel = task / chunks, first = task % chunks * CHUNK_ROWS;
+            const T* inputs[CHUNK_ROWS];
+            const int64_t count = chunk_rows(first);
+            for (int64_t i = 0; i < count; ++i) inputs[i] = pairs + 2 * (first + i) * d;
+            product(inputs, count, packed + panel * panel_size<T>(2 * d), 2 * d,
+                    [&](int64_t i, const floats(&sums)[VECTORS]) {
+                        store_panel(residual(first + i) + panel * PANEL, sums);
+                    });
+        });
+        pool_.tasks(rows_.count, [&](int64_t row) { norm(residual(row), weight, d, s_.eps, x(row)); });
+    }
+
+    int64_t num_chunks() const { return (rows_.count + CHUNK_ROWS - 1) / CHUNK_ROWS; }
+    int64_t chunk_rows(int64_t first) const { return std::min(CHUNK_ROWS, rows_.count - first); }
+
+    // All rows times all panels of a weight: out[row, panel] for every row.
+    template <class Use>
+    void project(const T* const* inputs, const void* packed, int64_t num_inputs, int64_t num_panels, const Use& use) {
+        const int64_t chunks = num_chunks();
+        pool_.tasks(num_panels * chunks, [&](int64_t task) {
+            const int64_t panel = task / chunks, first = task % chunks * CHUNK_ROWS;
+            product(inputs + first, chunk_rows(first), static_cast<const T*>(packed) + panel * panel_size<T>(num_inputs),
+                    num_inputs, [&](int64_t i, const floats(&sums)[VECTORS]) { use(first + i, panel, sums); });
+        });
+    }
+
+    void attention(const Layer& layer, int thread) {
+        const int64_t group_rows = s_.group_rows(), group_panels = group_rows / PANEL, chunks = num_chunks();
+        const int64_t query_rows = s_.group_heads * s_.head_dim;
+        float* qkv = w_.qkv.data.get();
+        float* queries = w_.queries.data.get();
+        pool_.tasks(s_.groups * chunks, [&](int64_t task) {
+            const int64_t group = task / chunks, first = task % chunks * CHUNK_ROWS, count = chunk_rows(first);
+            const int64_t size = panel_size<T>(s_.hidden);
+            for (int64_t p = 0; p < group_panels; ++p)
+                product(w_.x_rows.data.get() + first, count,
+                        static_cast<const T*>(layer.qkv) + (group * group_panels + p) * size, s_.hidden,
+                        [&](int64_t i, const floats(&sums)[VECTORS]) {
+                            store_panel(qkv + ((first + i) * s_.groups + group) * group_rows + p * PANEL, sums);
+                        });
+            for (int64_t row = first; row < first + count; ++row)
+                finish_group(s_, layer, rows_, row, group, qkv + (row * s_.groups + group) * group_rows,
+                             queries + (row * s_.groups + group) * query_rows);
+        });
+        pool_.tasks(rows_.count * s_.groups, [&](int64_t task) {
+            attend_group(s_, layer, rows_, task / s_.groups, task % s_.groups, queries + task * query_rows,
+                         scratch(thread), w_.heads.data.get() + task * query_rows);
+        });
+        const int64_t d = padded(s_.hidden);
+        float* delta = w_.delta.data.get();
+        project(w_.head_rows.data.get(), layer.o_proj, s_.heads_width(), panels(s_.hidden),
+                [&](int64_t row, int64_t panel, const floats(&sums)[VECTORS]) {
+                    store_panel(delta + row * d + panel * PANEL, sums);
+                });
+    }
+
+    // Adds up to two terms to the residual and norms it for what comes next.
+    void finish_row(int64_t row, const float* delta, const float* more, const float* weight, float* hidden_out) {
+        float* r = residual(row);
+        for (int64_t i = 0; i < s_.hidden; i += LANES) {
+            floats change = load(delta + i);
+            if (more) change += load(more + i);
+            store(r + i, load(r + i) + change);
+        }
+        if (hidden_out)
+            norm(r, weight, s_.hidden, s_.eps, hidden_out + row * s_.hidden);
+        else
+            norm(r, weight, s_.hidden, s_.eps, x(row));
+    }
+
+    void feed_forward(const Layer& layer, int64_t d, float* out) {  // dense, or the shared expert alone
+        T* gated = w_.shared_gated.data.get();
+        const int64_t width = gated_padded(layer.width);
+        project(w_.x_rows.data.get(), layer.gate_up, s_.hidden, gated_panels(layer.width),
+                [&](int64_t row, int64_t panel, const floats(&sums)[VECTORS]) {
+                    store_gated(gated + row * width + panel * PANEL / 2, sums);
+                });
+        const int64_t chunks = num_chunks();
+        pool_.tasks(panels(s_.hidden) * chunks, [&](int64_t task) {
+            const int64_t panel = task / chunks, first = task % chunks * CHUNK_ROWS;
+            down_chunk(gated, width, layer.down, layer.width, first, chunk_rows(first), panel, out, d);
+        });
+    }
+
+    void down_chunk(const T* gated, int64_t stride, const void* packed, int64_t width, int64_t first, int64_t count,
+                    int64_t panel, float* out, int64_t out_stride) {
+        const T* inputs[CHUNK_ROWS];
+        for (int64_t i = 0; i < count; ++i) inputs[i] = gated + (first + i) * stride;
+        product(inputs, count, static_cast<const T*>(packed) + panel * panel_size<T>(width), width,
+                [&](int64_t i, const floats(&sums)[VECTORS]) {
+                    store_panel(out + (first + i) * out_stride + panel * PANEL, sums);
+                });
+    }
+
+    void dense(const Layer& layer, const float* next_norm, float* hidden_out) {
+        const int64_t d = padded(s_.hidden);
+        float* delta = w_.delta.data.get();
+        pool_.tasks(rows_.count, [&](int64_t row) {
+            finish_row(row, delta + row * d, nullptr, layer.post_norm, nullptr);
+        });
+        feed_forward(layer, d, delta);
+        pool_.tasks(rows_.count, [&](int64_t row) {
+            finish_row(row, delta + row * d, nullptr, next_norm, hidden_out);
+        });
+    }
+
+    void experts(const Layer& layer, int thread, const float* next_norm, float* hidden_out) {
+        const int64_t d = padded(s_.hidden), k = s_.top_k;
+        float* delta = w_.delta.data.get();
+        int32_t* chosen = w_.experts.data.get();
+        float* weights = w_.weights.data.get();
+        pool_.tasks(rows_.count, [&](int64_t row) {
+            finish_row(row, delta + row * d, nullptr, layer.post_norm, nullptr);
+            float* wide = w_.wide_x.data.get() + row * s_.hidden;
+            for (int64_t i = 0; i < s_.hidden; i += LANES) store(wide + i, load(x(row) + i));
+            route(s_, layer, wide, scratch(thread), chosen + row * k, weights + row * k);
+        });
+        if (thread == 0) sort_by_expert(layer);
+        pool_.barrier();
+        const int64_t width = gated_padded(s_.moe_width), shared_width = gated_padded(layer.width);
+        pool_.tasks(w_.up_tasks.size(), [&](int64_t i) { up(layer, w_.up_tasks[i], width, shared_width); });
+        pool_.tasks(w_.down_tasks.size(), [&](int64_t i) { down(layer, w_.down_tasks[i], width, shared_width, d); });
+        const int32_t* places = w_.places.data.get();
+        pool_.tasks(rows_.count, [&](int64_t row) {
+            float* total = delta + row * d;
+            for (int64_t i = 0; i < s_.hidden; i += LANES) {
+                floats weighted{};
+                for (int64_t j = 0; j < k; ++j)
+                    weighted += load(w_.routed.data.get() + places[row * k + j] * d + i) * weights[row * k + j];
+                store(total + i, weighted);
+            }
+            const float* shared = layer.gate_up ? w_.shared.data.get() + row * d : nullptr;
+            finish_row(row, total, shared, next_norm, hidden_out);
+        });
+    }
+
+    // Counting sort of (row, choice) pairs by expert, and the products that follow from it.
+    void sort_by_expert(const Layer& layer) {
+        const int64_t pairs = rows_.count * s_.top_k;
+        const int32_t* chosen = w_.experts.data.get();
+        int32_t* firsts = w_.firsts.data.get();
+        std::fill(firsts, firsts + s_.experts + 1, 0);
+        for (int64_t p = 0; p < pairs; ++p) ++firsts[chosen[p] + 1];
+        for (int64_t e = 0; e < s_.experts; ++e) firsts[e + 1] += firsts[e];
+        std::vector<int32_t> next(firsts, firsts + s_.experts);
+        for (int64_t p = 0; p < pairs; ++p) {
+            const int32_t place = next[chosen[p]]++;
+            w_.places.data[p] = place;
+            w_.expert_rows.data[place] = x(p / s_.top_k);
+        }
+        w_.up_tasks.clear();
+        w_.down_tasks.clear();
+        for (int32_t e = 0; e < s_.experts; ++e) add_tasks(e, firsts[e], firsts[e + 1], s_.moe_width);
+        if (layer.gate_up) add_tasks(-1, 0, static_cast<int32_t>(rows_.count), layer.width);
+    }
+
+    void add_tasks(int32_t expert, int32_t begin, int32_t end, int64_t width) {
+        for (int32_t panel = 0; panel < gated_panels(width); ++panel)
+            for (int32_t first = begin; first < end; first += CHUNK_ROWS)
+                w_.up_tasks.push_back({expert, first, std::min<int32_t>(CHUNK_ROWS, end - first), panel});
+        for (int32_t panel = 0; panel < panels(s_.hidden); ++panel)
+            for (int32_t first = begin; first < end; first += CHUNK_ROWS)
+                w_.down_tasks.push_back({expert, first, std::min<int32_t>(CHUNK_ROWS, end - first), panel});
+    }
+
+    void up(const Layer& layer, const Task& task, int64_t width, int64_t shared_width) {
+        const bool shared = task.expert < 0;
+        const int64_t stride = shared ? shared_width : width, size = panel_size<T>(s_.hidden);
+        const T* packed = shared ? static_cast<const T*>(layer.gate_up)
+                                 : static_cast<const T*>(layer.expert_gate_up) +
+                                       task.expert * gated_panels(s_.moe_width) * size;
+        const T* const* inputs = (shared ? w_.x_rows : w_.expert_rows).data.get() + task.first;
+        T* out = (shared ? w_.shared_gated : w_.gated).data.get() + task.first * stride + task.panel * PANEL / 2;
+        product(inputs, task.count, packed + task.panel * size, s_.hidden,
+                [&](int64_t i, const floats(&sums)[VECTORS]) { store_gated(out + i * stride, sums); });
+    }
+
+    void down(const Layer& layer, const Task& task, int64_t width, int64_t shared_width, int64_t d) {
+        if (task.expert < 0) {
+            down_chunk(w_.shared_gated.data.get(), shared_width, layer.down, layer.width, task.first, task.count,
+                       task.panel, w_.shared.data.get(), d);
+        } else {
+            const T* packed = static_cast<const T*>(layer.expert_down) +
+                              task.expert * panels(s_.hidden) * panel_size<T>(s_.moe_width);
+            down_chunk(w_.gated.data.get(), width, packed, s_.moe_width, task.first, task.count, task.panel,
+                       w_.routed.data.get(), d);
+        }
+    }
+
+    Pool& pool_;
+    Workspace<T>& w_;
+    const Shape& s_;
+    const Rows& rows_;
+    int64_t scratch_size_;
+};
+
+// hidden [*, D] rows `chosen` times the head: logits [count, padded(V)].
+template <class T>
+void head(Pool& pool, Workspace<T>& w, const Shape& s, const float* hidden, const int32_t* chosen, int64_t count,
+          float* logits) {
+    T* x = w.x.need(count * s.hidden + 2);
+    point(w.x_rows, static_cast<const T*>(x), count, s.hidden);
+    const int64_t chunks = (count + CHUNK_ROWS - 1) / CHUNK_ROWS, stride = padded(s.vocab);
+    pool.run([&](int) {
+        pool.tasks(count, [&](int64_t i) {
+            for (int64_t j = 0; j < s.hidden; j += LANES)
+                store(x + i * s.hidden + j, load(hidden + chosen[i] * s.hidden + j));
+        });
+        pool.tasks(panels(s.vocab) * chunks, [&](int64_t task) {
+            const int64_t panel = task / chunks, first = task % chunks * CHUNK_ROWS;
+            product(w.x_rows.data.get() + first, std::min(CHUNK_ROWS, count - first),
+                    static_cast<const T*>(s.head) + panel * panel_size<T>(s.hidden), s.hidden,
+                    [&](int64_t i, const floats(&sums)[VECTORS]) {
+                        store_panel(logits + (first + i) * stride + panel * PANEL, sums);
+                    });
+        });
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------- sampling
+
+inline uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+// The same number as `engine.sampling.uniforms`, stream 0.
+inline double uniform(uint64_t seed, uint64_t position) {
+    uint64_t state = mix(mix(seed ^ 0x9E3779B97F4A7C15ull) + position * 0x9E3779B97F4A7C15ull);
+    return static_cast<double>(state >> 11) * 0x1p-53;
+}
+
+// Draws from softmax(logits / temperature) by inverting the cumulative distribution; temperature 0 is greedy.
+void sample_row(const float* logits, int64_t vocab, float temperature, uint64_t seed, uint64_t position,
+                float* weights, int32_t* token, float* logprob) {
+    const float inverse = temperature == 0 ? 1.0f : 1.0f / temperature;
+    int64_t best = 0;
+    for (int64_t i = 1; i < vocab; ++i)
+        if (logits[i] > logits[best]) best = i;
+    const float highest = logits[best];
+    double total = 0;
+    std::vector<double> block_sums;
+    block_sums.reserve(vocab / PANEL + 1);
+    for (int64_t i = 0; i < vocab; i += PANEL) {
+        floats block{};
+        for (int64_t j = i; j < i + PANEL && j < vocab; j += LANES) {
+            floats x = load(logits + j);
+            if (j + LANES > vocab)
+                for (int64_t lane = vocab - j; lane < LANES; ++lane) x[lane] = -std::numeric_limits<float>::infinity();
+            x = (x - highest) * inverse;
+            floats weight = x < -87.0f ? floats{} : exponential(x);
+            store(weights + j, weight);
+            block += weight;
+        }
+        block_sums.push_back(sum(block));
+        total += block_sums.back();
+    }
+    int64_t drawn = best;
+    if (temperature != 0) {
+        double left = uniform(seed, position) * total;
+        size_t block = 0;
+        while (block + 1 < block_sums.size() && left >= block_sums[block]) left -= block_sums[block++];
+        for (int64_t i = block * PANEL; i < vocab && i < static_cast<int64_t>(block + 1) * PANEL; ++i) {
+            if (weights[i] > 0) drawn = i;
+            if (left < weights[i]) break;
+            left -= weights[i];
+        }
+    }
+    *token = static_cast<int32_t>(drawn);
+    *logprob = (logits[drawn] - highest) * inverse - static_cast<float>(std::log(total));
+}
+
+// ---------------------------------------------------------------------------------------------------- packing
+
+template <class T>
+inline T narrow(float value);
+template <>
+inline float narrow<float>(float value) {
+    return value;
+}
+template <>
+inline bfloat16 narrow<bfloat16>(float value) {
+    bfloat16 out[LANES];
+    store(out, broadcast(value));
+    return out[0];
+}
+
+// weight [outputs, inputs] -> panels of 64 outputs, inputs outermost (in pairs for bf16); `row_of` says which row of
+// the weight is output o of a panel, or -1 for padding.
+template <class T, class RowOf>
+void pack(const float* weight, int64_t inputs, int64_t num_panels, T* packed, const RowOf& row_of) {
+    constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
+    for (int64_t panel = 0; panel < num_panels; ++panel, packed += panel_size<T>(inputs))
+        for (int64_t o = 0; o < PANEL; ++o) {
+            const int64_t row = row_of(panel, o);
+            for (int64_t i = 0; i < (inputs + PAIR - 1) / PAIR * PAIR; ++i)
+                packed[(i / PAIR * PANEL + o) * PAIR + i % PAIR] =
+                    narrow<T>(row < 0 || i >= inputs ? 0.0f : weight[row * inputs + i]);
+        }
+}
+
+template <class T>
+void pack_weight(const float* weight, int64_t outputs, int64_t inputs, int64_t gated, T* packed) {
+    if (!gated) {
+        pack(weight, inputs, panels(outputs), packed,
+             [&](int64_t panel, int64_t o) { return panel * PANEL + o < outputs ? panel * PANEL + o : -1; });
+        return;
+    }
+    const int64_t width = outputs / 2, half = PANEL / 2;  // gate rows first, then up rows
+    pack(weight, inputs, gated_panels(width), packed, [&](int64_t panel, int64_t o) {
+        const int64_t i = panel * half + o % half;
+        return i < width ? i + o / half * width : -1;
+    });
+}
+
+}  // namespace
+
+EXPORT void* decoder_create(int64_t threads) { return new Decoder(static_cast<int>(threads)); }
+
+EXPORT void decoder_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
+
+EXPORT int64_t decoder_packed_size(int64_t outputs, int64_t inputs, int64_t gated, int64_t bf16) {
+    const int64_t count = gated ? gated_panels(outputs / 2) : panels(outputs);
+    return count * (bf16 ? 2 * panel_size<bfloat16>(inputs) : 4 * panel_size<float>(inputs));
+}
+
+EXPORT void decoder_pack(const float* weight, int64_t outputs, int64_t inputs, int64_t gated, int64_t bf16,
+                         void* packed) {
+    if (bf16)
+        pack_weight(weight, outputs, inputs, gated, static_cast<bfloat16*>(packed));
+    else
+        pack_weight(weight, outputs, inputs, gated, static_cast<float*>(packed));
+}
+
+EXPORT int64_t decoder_has_bf16() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+EXPORT void decoder_forward(void* decoder, const Shape* shape, const Layer* layers, int64_t num_layers, const Mtp* mtp,
+                            int64_t count, const int32_t* tokens, const int32_t* positions, const int32_t* slots,
+                            const int32_t* sequence, const int32_t* blocks, const int32_t* block_starts,
+                            int64_t first_slot, const float* hidden_in, const float* final_norm, int64_t bf16,
+                            float* hidden_out) {
+    auto* d = static_cast<Decoder*>(decoder);
+    const Rows rows{count, tokens, positions, slots, sequence, blocks, block_starts, first_slot};
+#if defined(__AVX512BF16__)
+    if (bf16) {
+        Step<bfloat16>(d->pool, d->half, *shape, rows).run(layers, num_layers, mtp, hidden_in, final_norm, hidden_out);
+        return;
+    }
+#endif
+    Step<float>(d->pool, d->single, *shape, rows).run(layers, num_layers, mtp, hidden_in, final_norm, hidden_out);
+}
+
+EXPORT void decoder_head(void* decoder, const Shape* shape, const float* hidden, const int32_t* chosen, int64_t count,
+                         int64_t bf16, float* logits) {
+    auto* d = static_cast<Decoder*>(decoder);
+#if defined(__AVX512BF16__)
+    if (bf16) {
+        head(d->pool, d->half, *shape, hidden, chosen, count, logits);
+        return;
+    }
+#endif
+    head(d->pool, d->single, *shape, hidden, chosen, count, logits);
+}
+
+EXPORT void decoder_sample(void* decoder, const float* logits, int64_t count, int64_t vocab, int64_t stride,
+                           const float* temperatures, const uint64_t* seeds, const uint64_t* positions, int32_t* tokens,
+                           float* logprobs) {
+    Pool& pool = static_cast<Decoder*>(decoder)->pool;
+    std::vector<std::vector<float>> weights(pool.size());
+    pool.run([&](int thread) {
+        weights[thread].resize(padded(vocab));
+        pool.tasks(count, [&](int64_t row) {
+            sample_row(logits + row * stride, vocab, temperatures[row], seeds[row], positions[row],
+                       weights[thread].data(), tokens + row, logprobs + row);
+        });
+    });
+}

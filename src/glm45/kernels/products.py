@@ -1,0 +1,142 @@
+"""Matrix products of bf16 activations on CPU, in the arithmetic unit that is fastest there.
+
+M rows, N columns, K terms of a sum. Processors differ by a factor of six in how fast their bf16 units are against
+their fp32 and fp16 ones (those with AMX lead, some with AVX512-BF16 alone are slower than in fp32), so `bf16_unit`
+measures once per machine and keeps the answer beside the compiled kernels:
+
+- "torch": `torch.mm` on bf16 operands; weights are cast to bf16 and the cast copy is kept for the backward pass.
+- "fp32": native products with fp32 arithmetic; reads bf16 and fp32 operands as they are.
+- "fp16": native products with AVX512-FP16, every row and column scaled into range; eleven bits instead of eight.
+
+Whichever it is, sums end in fp32 and operands are at least as exact as bf16.
+"""
+
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from glm45.kernels import native
+
+UNITS = ("torch", "fp32", "fp16")
+PROBE_SIZES = (512, 256, 512)
+PROBE_SECONDS = 0.2
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def prepare(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight as `product` wants it beside operands of `dtype`: cast, unless native products read it."""
+    return weight if _takes(weight, dtype) else weight.to(dtype)
+
+
+def product(
+    a_MK: torch.Tensor,
+    b_KN: torch.Tensor,
+    *,
+    out_MN: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    bias_N: torch.Tensor | None = None,
+    add: bool = False,
+) -> torch.Tensor:
+    """Return `a @ b + bias`, in `out` where given (with `add`, added to it), else in `dtype` (default: a's).
+
+    Operands may be transposed views. Where any of the three is in bf16, native products serve if they are this
+    machine's fastest, and take any mixture of bf16 and fp32; elsewhere operands must be of one dtype, and a result
+    of another is cast.
+    """
+    if out_MN is None:
+        out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1], dtype=dtype or a_MK.dtype)
+    half = torch.bfloat16 in (a_MK.dtype, b_KN.dtype, out_MN.dtype)
+    if half and _takes(b_KN, torch.bfloat16):
+        return _native_product(a_MK, b_KN, out_MN, bias_N, add=add, fp16=bf16_unit() == "fp16")
+    if out_MN.dtype == a_MK.dtype and bias_N is None:
+        return out_MN.addmm_(a_MK, b_KN) if add else torch.mm(a_MK, b_KN, out=out_MN)
+    computed = a_MK @ b_KN if bias_N is None else torch.addmm(bias_N.to(a_MK.dtype), a_MK, b_KN)
+    return out_MN.add_(computed) if add else out_MN.copy_(computed)
+
+
+def _takes(operand: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Native products serve bf16 activations on CPU, where they are faster than torch's."""
+    return dtype == torch.bfloat16 and native.supports(operand) and bf16_unit() != "torch"
+
+
+def _native_product(
+    a_MK: torch.Tensor,
+    b_KN: torch.Tensor,
+    out_MN: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    *,
+    add: bool,
+    fp16: bool,
+) -> torch.Tensor:
+    (rows, terms), columns = a_MK.shape, b_KN.shape[1]
+    assert out_MN.shape == (rows, columns)
+    assert out_MN.stride(1) == 1 or columns <= 1, f"rows must be contiguous, not of strides {out_MN.stride()}"
+    bias_N = None if bias_N is None else bias_N.float().contiguous()
+    if rows and columns and terms:
+        native.function("matmul")(
+            *(native.pointer(a_MK), _TYPES[a_MK.dtype], *a_MK.stride()),
+            *(native.pointer(b_KN), _TYPES[b_KN.dtype], *b_KN.stride()),
+            *(native.pointer(out_MN), _TYPES[out_MN.dtype], out_MN.stride(0), bias_N),
+            *(rows, columns, terms, int(add), int(fp16), native.threads_for(rows * columns)),
+        )
+    elif not add:
+        out_MN.zero_()
+    return out_MN
+
+
+@functools.cache
+def bf16_unit() -> str:
+    """Return which unit multiplies bf16 activations on this machine's CPU: one of `UNITS`.
+
+    GLM45_PRODUCTS chooses by hand. Otherwise it is measured once, and read from the cache folder ever after, so that
+    runs on one machine repeat bit for bit. Raises ValueError for an unknown choice.
+    """
+    chosen = os.environ.get("GLM45_PRODUCTS")
+    if chosen and chosen not in UNITS:
+        raise ValueError(f"GLM45_PRODUCTS={chosen!r} is none of {', '.join(UNITS)}")
+    if chosen or native.library() is None:
+        return chosen or "torch"
+    rates = bf16_rates()
+    return max(rates, key=rates.__getitem__)
+
+
+def bf16_rates() -> dict[str, float]:
+    """Return operations a second of each unit that is here, as measured on this machine when it was first asked."""
+    path = native.cached_file("products.json")
+    try:
+        return {str(unit): float(rate) for unit, rate in json.loads(path.read_text()).items() if unit in UNITS}
+    except (OSError, ValueError, AttributeError):
+        rates = _measure()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as partial:
+        json.dump(rates, partial)
+    os.replace(partial.name, path)
+    return rates
+
+
+def _measure() -> dict[str, float]:
+    rows, terms, columns = PROBE_SIZES
+    a_MK, weight_NK = torch.ones(rows, terms).bfloat16(), torch.ones(columns, terms).bfloat16()
+    out_MN = a_MK.new_empty(rows, columns)
+    steps: dict[str, Callable[[], Any]] = {
+        "torch": lambda: torch.mm(a_MK, weight_NK.T, out=out_MN),
+        "fp32": lambda: _native_product(a_MK, weight_NK.T, out_MN, None, add=False, fp16=False),
+    }
+    if native.has("has_fp16"):
+        steps["fp16"] = lambda: _native_product(a_MK, weight_NK.T, out_MN, None, add=False, fp16=True)
+    seconds: dict[str, list[float]] = {unit: [] for unit in steps}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other measure the machine's other work
+    stop = time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < stop:  # alternating, so that a busy moment hits all alike
+        for unit, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[unit].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return {unit: 2 * rows * terms * columns / min(measured) for unit, measured in seconds.items()}

@@ -1,0 +1,117 @@
+"""The steps of a whole run, as functions that a pipeline calls (see `glm45.pipeline`)."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from glm45.pipeline import Context
+
+CHECKPOINT = "model"
+"""Folder of the hub checkpoint inside the folder of every step that makes one."""
+
+
+def build_corpus(context: Context) -> None:
+    """Build a corpus: `config["recipe"]` with `config["overrides"]`."""
+    from glm45.config import override
+    from glm45.corpus import recipe
+    from glm45.corpus.build import build
+
+    chosen = override(recipe.load(context.config["recipe"]), context.config.get("overrides", []))
+    seen: list[str] = []
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        seen.append(line.split(":")[0])
+        # A corpus has about a dozen steps; how far along is told by how many have spoken.
+        context.progress(min(0.95, len(set(seen)) / 14), line)
+
+    build(chosen, context.folder, report)
+
+
+def pretrain(context: Context) -> None:
+    """Pre-train and mid-train `config["recipe"]` on the corpus, then export the last checkpoint."""
+    from glm45.config import override
+    from glm45.recipes.catalogue import training_recipe
+    from glm45.training.command import export, run_training
+    from glm45.training.run import Run
+    from glm45.training.schedule import Plan
+
+    overrides = [f"data={context.inputs['corpus']}", *context.config.get("overrides", [])]
+    name = context.config["recipe"]
+    config = override(training_recipe(name), overrides)
+    run = Run.open(context.folder, config)
+    steps = Plan(config.stages).num_steps
+    with _watch(context, lambda: _last_step(context.folder / "metrics.jsonl") / steps):
+        arguments = ["train", name, *overrides, "--run", str(context.folder)]
+        status = run_training(run, arguments, context.config.get("processes"))
+    if status:
+        raise KeyboardInterrupt if status in (130, 143) else ValueError(f"training ended with status {status}")
+    export(context.folder, context.folder / CHECKPOINT, "float32", None)
+
+
+def evaluate(context: Context) -> None:
+    """Evaluate every input that holds a checkpoint on `config["suites"]`; results go to `MODEL/SUITE/`."""
+    from glm45.config import from_dict
+    from glm45.evaluation.runner import run_suite
+    from glm45.evaluation.suites import SuiteOptions, build_suite
+    from glm45.evaluation.targets import LocalTarget
+
+    options = from_dict(SuiteOptions, context.config.get("options", {}))
+    suites = [build_suite(name, options) for name in context.config["suites"]]
+    total = len(context.inputs) * len(suites)
+    for number, (name, folder) in enumerate(context.inputs.items()):
+        target = LocalTarget.load(folder / CHECKPOINT)
+        try:
+            for index, suite in enumerate(suites):
+                done = number * len(suites) + index
+                context.progress(done / total, f"{name} on {suite.name}")
+                result = run_suite(target, suite, context.folder / name / suite.name)
+                score = result.metrics.get("score")
+                print(f"{name} {suite.name}: {score.mean:.3f}" if score else f"{name} {suite.name}: not judged")
+        finally:
+            target.close()
+
+
+def publish(context: Context) -> None:
+    """Copy the final checkpoint to `RUN/model`, in the hub layout with its tokenizer."""
+    from glm45.model import hub
+
+    (source,) = context.inputs.values()
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = [source / CHECKPOINT / name for name in names if (source / CHECKPOINT / name).exists()]
+    hub.save(hub.load(source / CHECKPOINT), context.run / CHECKPOINT, companions=files)
+
+
+@contextmanager
+def _watch(context: Context, fraction: Callable[[], float]) -> Iterator[None]:
+    """Report progress every second while the body runs."""
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(1.0):
+            context.progress(fraction())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _last_step(metrics: Path) -> int:
+    """Return the last step in a log of record; 0 if there is none yet."""
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 65_536))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0

@@ -1,0 +1,185 @@
+"""The report of a whole run: one HTML file from the folder of its steps."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from glm45.evaluation.runner import RESULT, TRANSCRIPTS
+from glm45.page import Page, bars
+from glm45.pipeline import RECORD
+from glm45.report.training import add_training
+
+LIMITS = (
+    "At this size much of what reinforcement learning gains is choice of strategy: the model learns to prefer the "
+    "careful of the ways that fine-tuning taught it. The share of careful answers is reported beside the accuracy.",
+    "Held-out prompts are split by hash from the same generators as the training prompts: these figures show learning "
+    "within a family of tasks, not transfer to others.",
+    "Intervals are bootstrap intervals over tasks for one trained model; they do not cover other seeds.",
+)
+"""What the numbers do not show."""
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run folder (default: its `report.html`) and return its path.
+
+    Raises FileNotFoundError if the folder holds no finished step.
+    """
+    records = dict(_records(run))
+    if not records:
+        raise FileNotFoundError(f"{run} holds no finished step: run `glm45 run` first")
+    page = Page(f"glm45: {run.name}", f"{len(records)} steps, {_hours(records)}")
+    _add_costs(page, records)
+    for name in records:
+        folder = run / "steps" / name
+        if (folder / "manifest.json").exists():
+            _add_corpus(page, name, json.loads((folder / "manifest.json").read_text()))
+        if (folder / "metrics.jsonl").exists() and (folder / "samples").exists():
+            page.section(f"Training: {name}")
+            add_training(page, folder)
+    _add_evaluation(page, run)
+    _add_lineage(page, records)
+    page.section("What the numbers do not show")
+    for limit in LIMITS:
+        page.text(limit)
+    path = out or run / "report.html"
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(page.html(), encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def _records(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield finished steps in the order in which they finished."""
+    found = [(file.parent.name, json.loads(file.read_text())) for file in (run / "steps").glob(f"*/{RECORD}")]
+    yield from sorted(found, key=lambda pair: pair[1]["finished"])
+
+
+def _hours(records: Mapping[str, Mapping[str, Any]]) -> str:
+    wall = sum(record["wall_seconds"] for record in records.values())
+    cpu = sum(record["cpu_seconds"] for record in records.values())
+    return f"{wall / 60:.1f} minutes of steps, {cpu / 60:.1f} core-minutes"
+
+
+def _add_costs(page: Page, records: Mapping[str, Mapping[str, Any]]) -> None:
+    page.section("What was run", _machine())
+    page.table(
+        ["step", "wall s", "CPU s", "peak MB", "made from"],
+        [
+            [
+                name,
+                f"{record['wall_seconds']:.1f}",
+                f"{record['cpu_seconds']:.1f}",
+                f"{record['peak_memory_bytes'] / 1e6:.0f}",
+                ", ".join(record["tokens"]) or "–",
+            ]
+            for name, record in records.items()
+        ],
+    )
+    page.plots(bars({name: record["wall_seconds"] for name, record in records.items()}, "Time by step", "seconds"))
+
+
+def _machine() -> str:
+    versions = []
+    for package in ("glm45", "torch", "numpy", "tokenizers"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {', '.join(versions)}."
+
+
+def _add_corpus(page: Page, name: str, manifest: Mapping[str, Any]) -> None:
+    page.section(f"Data: {name}")
+    datasets = manifest.get("datasets", {})
+    rows = datasets.items() if isinstance(datasets, dict) else ((entry["name"], entry) for entry in datasets)
+    tokens = {key: entry.get("num_tokens", entry.get("tokens", 0)) for key, entry in rows}
+    if tokens:
+        page.plots(bars({key: value / 1e6 for key, value in tokens.items()}, "Tokens by dataset", "million tokens"))
+    steps = manifest.get("steps", [])
+    if steps:
+        page.table(["step", "documents in", "documents out", "dropped for"], [_step_row(step) for step in steps])
+
+
+def _step_row(step: Mapping[str, Any]) -> list[str]:
+    dropped = step.get("dropped", {})
+    reasons = ", ".join(f"{reason} {_count(entry):,}" for reason, entry in sorted(dropped.items()))
+    return [step["step"], f"{_count(step.get('in')):,}", f"{_count(step.get('out')):,}", reasons or "–"]
+
+
+def _count(entry: Any) -> int:
+    """Return a number of documents, however deep the manifest keeps it."""
+    if isinstance(entry, Mapping):
+        if "documents" in entry or "count" in entry:
+            return int(entry.get("documents", entry.get("count", 0)))
+        return sum(_count(value) for value in entry.values())
+    return int(entry or 0)
+
+
+def _add_evaluation(page: Page, run: Path) -> None:
+    """Add the table of every model's score on every suite, with samples side by side."""
+    results: dict[str, dict[str, Any]] = {}
+    folders = sorted(file.parent for file in (run / "steps").glob(f"*/*/*/{RESULT}"))
+    for folder in folders:
+        model, suite = folder.parent.name, folder.name
+        results.setdefault(suite, {})[model] = json.loads((folder / RESULT).read_text())
+    if not results:
+        return
+    page.section("Evaluation", "Means over held-out tasks with 95 % bootstrap intervals.")
+    models = list(dict.fromkeys(model for row in results.values() for model in row))
+    page.table(
+        ["suite", *models], [[suite, *(_score(row.get(model)) for model in models)] for suite, row in results.items()]
+    )
+    for suite, row in results.items():
+        scores = {model: result["metrics"]["score"] for model, result in row.items() if "score" in result["metrics"]}
+        if scores:
+            means = {model: score["mean"] for model, score in scores.items()}
+            intervals = {model: (score["low"], score["high"]) for model, score in scores.items()}
+            page.plots(bars(means, suite, "score", intervals=intervals))
+        _add_answers(page, run, suite, list(row))
+
+
+def _score(result: Mapping[str, Any] | None) -> str:
+    score = (result or {}).get("metrics", {}).get("score")
+    return f"{score['mean']:.1%} [{score['low']:.1%}, {score['high']:.1%}]" if score else "–"
+
+
+def _add_answers(page: Page, run: Path, suite: str, models: list[str], num_tasks: int = 2) -> None:
+    """Add the models' answers to the same tasks, side by side, with reasoning folded."""
+    answers: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for file in (run / "steps").glob(f"*/{model}/{suite}/{TRANSCRIPTS}"):
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            answers[model] = {row["task_id"]: row for row in rows}
+    shared = set.intersection(*(set(rows) for rows in answers.values())) if answers else set()
+    for task_id in sorted(shared)[:num_tasks]:
+        rows = [answers[model][task_id] for model in answers]
+        page.heading(str(rows[0]["prompt"][-1]["content"]))
+        page.columns(list(answers), [_shown(row) for row in rows])
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    message = row["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    text = (message.get("content") or "") + "".join(f"\n{call['name']}({call['arguments']})" for call in calls)
+    note = "cut by the cap" if row["finish_reason"] == "length" else ""
+    return {"text": text, "folded": message.get("reasoning_content") or "", "note": note}
+
+
+def _add_lineage(page: Page, records: Mapping[str, Mapping[str, Any]]) -> None:
+    page.section("Lineage", "Every dataset and checkpoint, by the identity of the step that made it and of its inputs.")
+    page.table(
+        ["step", "made as", "by", "from"],
+        [
+            [
+                name,
+                record["token"],
+                record["function"],
+                ", ".join(f"{n} {t}" for n, t in record["tokens"].items()) or "–",
+            ]
+            for name, record in records.items()
+        ],
+        numbers_from=9,
+    )

@@ -31,8 +31,8 @@ def test_prompts_are_classified_by_their_thresholds():
         "easy",
         "easy",
     ]
-    assert thresholds.classify(0, 0) == "unsolved"
-    assert thresholds.classify(0, 1) == "hard"
+    assert thresholds.classify(4, num_samples=12) == "moderate"
+    assert thresholds.classify(5, num_samples=12) == "easy"
     with pytest.raises(ValueError, match="need k < num_samples"):
         PoolThresholds(num_samples=8)
 

@@ -43,14 +43,16 @@ class PoolThresholds:
                 "need k < num_samples <= hard_k"
             )
 
-    def classify(self, num_correct: int, num_correct_of_hard_k: int | None = None) -> str:
-        """Return "moderate" (0 < pass@k < 1), "easy" (pass@k = 1), "hard", "unsolved" or, yet to sample, "deeper"."""
-        value = pass_at_k(self.num_samples, num_correct, self.k)
-        if value > 0:
-            return "easy" if value == 1 else "moderate"
-        if num_correct_of_hard_k is None:
+    def classify(self, num_correct: int, num_samples: int | None = None) -> str:
+        """Return what the first measurement says: "moderate" (0 < pass@k < 1), "easy" (1), or "deeper" (0).
+
+        A prompt that needs deeper sampling is hard if any of `hard_k` samples is right. `num_samples` is given where
+        fewer than the configured number could be judged.
+        """
+        value = pass_at_k(num_samples or self.num_samples, num_correct, self.k)
+        if value == 0:
             return "deeper"
-        return "hard" if num_correct_of_hard_k > 0 else "unsolved"
+        return "easy" if value == 1 else "moderate"
 
 
 class Plateau:

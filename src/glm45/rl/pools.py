@@ -1,0 +1,159 @@
+"""`glm45 rl pools`: how hard each prompt is for a checkpoint, by unbiased pass@k (report section 3.2).
+
+Every prompt is sampled `num_samples` times; those without a right answer are sampled on, up to `hard_k` in all. The
+measurement goes on where it was stopped: each finished prompt is a line of `OUT.partial`.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm45.config import configuration, to_dict
+from glm45.engine.clients import InProcessClient
+from glm45.engine.engine import Engine, EngineConfig
+from glm45.environments.protocol import Task
+from glm45.environments.tasks import read_tasks
+from glm45.environments.verify import RewardConfig, RewardWorkers
+from glm45.model import hub
+from glm45.rl.config import RolloutConfig
+from glm45.rl.curriculum import PoolThresholds
+from glm45.rl.metrics import is_correct
+from glm45.rl.rollout import Rollout, Sampling
+from glm45.seeds import derive_seed
+from glm45.text.tokenizer import Tokenizer
+
+
+@configuration
+class PoolsConfig:
+    """What is measured, and how."""
+
+    policy: str = ""
+    """Hub folder of the checkpoint."""
+    tasks: str = ""
+    """JSONL file of tasks. Tasks whose metadata says `"verified_answer": false` are left out and counted: the report
+    takes hard prompts with verified answers only."""
+    thresholds: PoolThresholds = PoolThresholds()
+    """What makes a prompt moderate or hard."""
+    max_tokens: int = 64
+    """Cap on a response."""
+    temperature: float = 1.0
+    """Sampling temperature. Not in the report."""
+    seed: int = 0
+    """Root seed of the samples."""
+    rewards: RewardConfig = RewardConfig()
+    """Processes that judge."""
+    prompts_at_once: int = 64
+    """Prompts that are sampled together, and so lost if the command is killed."""
+
+
+def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure every task, write `out` and return its contents.
+
+    Raises ValueError if `out` holds, or a partial measurement was begun with, another configuration.
+    """
+    out = Path(out)
+    every_task = list(read_tasks(config.tasks))
+    tasks = [task for task in every_task if task.metadata.get("verified_answer", True)]
+    partial = out.with_name(out.name + ".partial")
+    done = _read_partial(partial, config)
+    waiting = [task for task in tasks if task.task_id not in done]
+    tokenizer = Tokenizer.load(config.policy)
+    model = hub.load(config.policy, dtype=torch.float32).eval()
+    with (
+        RewardWorkers(config.rewards) as rewards,
+        Engine(model, tokenizer, EngineConfig()) as engine,
+        partial.open("a", encoding="utf-8") as sink,
+    ):
+        rollout = Rollout(InProcessClient(engine), tokenizer, rewards, RolloutConfig())
+        for first in range(0, len(waiting), config.prompts_at_once):
+            for row in asyncio.run(_measure(rollout, waiting[first : first + config.prompts_at_once], config)):
+                done[row["task_id"]] = row
+                sink.write(json.dumps(row) + "\n")
+            sink.flush()
+            say(f"{len(done)} of {len(tasks)} prompts")
+    pools: dict[str, list[str]] = {name: [] for name in ("easy", "moderate", "hard", "unsolved")}
+    for task in tasks:
+        pools[done[task.task_id]["pool"]].append(task.task_id)
+    result = {
+        "config": to_dict(config),
+        "counts": {name: len(members) for name, members in pools.items()},
+        "unverified": len(every_task) - len(tasks),
+        "samples": sum(row["num_samples"] for row in done.values()),
+        "failures": dict(sum((Counter(row["failures"]) for row in done.values()), Counter())),
+        "pools": pools,
+        "measurements": [done[task.task_id] for task in tasks],
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    partial.unlink()
+    return result
+
+
+async def _measure(rollout: Rollout, tasks: Sequence[Task], config: PoolsConfig) -> list[dict[str, Any]]:
+    """Sample prompts shallowly, and those without a right answer deeply."""
+    thresholds = config.thresholds
+    shallow = await _count(rollout, tasks, thresholds.num_samples, config, "shallow")
+    rows: list[dict[str, Any]] = []
+    for task, (right, judged, failures) in zip(tasks, shallow, strict=True):
+        row: dict[str, Any] = {
+            "task_id": task.task_id,
+            "num_samples": thresholds.num_samples,
+            "num_correct": right,
+            "failures": failures,
+        }
+        # Samples that could not be judged are no samples; fewer than k of them say nothing about pass@k.
+        pool = thresholds.classify(right, num_samples=judged) if judged >= thresholds.k else "unsolved"
+        rows.append({**row, "pool": pool})
+    deeper = [index for index, row in enumerate(rows) if row["pool"] == "deeper"]
+    extra = thresholds.hard_k - thresholds.num_samples
+    counts = await _count(rollout, [tasks[index] for index in deeper], extra, config, "deep")
+    for index, (right, _, failures) in zip(deeper, counts, strict=True):
+        row = rows[index]
+        row["failures"] += failures
+        row |= {"num_samples": thresholds.hard_k, "num_correct": right, "pool": "hard" if right else "unsolved"}
+    return rows
+
+
+async def _count(
+    rollout: Rollout, tasks: Sequence[Task], num_samples: int, config: PoolsConfig, purpose: str
+) -> list[tuple[int, int, list[str]]]:
+    """Return for each task the right and the judged samples, and the kinds of failures."""
+    if not num_samples:
+        return [(0, 0, [])] * len(tasks)
+    groups = await asyncio.gather(
+        *(
+            rollout.make_group(
+                index,
+                task,
+                Sampling(
+                    num_samples, config.max_tokens, config.temperature, derive_seed(config.seed, purpose, task.task_id)
+                ),
+            )
+            for index, task in enumerate(tasks)
+        )
+    )
+    return [
+        (
+            sum(map(is_correct, group)),
+            sum(sample.reward is not None for sample in group),
+            [sample.metadata["failure"]["kind"] for sample in group if sample.status == "failed"],
+        )
+        for group in groups
+    ]
+
+
+def _read_partial(path: Path, config: PoolsConfig) -> dict[str, dict[str, Any]]:
+    """Return the prompts measured so far; the first line says with which configuration."""
+    header = json.dumps({"config": to_dict(config)})
+    if not path.exists():
+        path.write_text(header + "\n")
+        return {}
+    first, *lines = path.read_bytes().split(b"\n")[:-1]
+    if first.decode() != header:
+        raise ValueError(f"{path} was begun with another configuration: remove it to begin anew")
+    path.write_bytes(b"".join(line + b"\n" for line in [first, *lines]))  # without a line cut short by a kill
+    return {row["task_id"]: row for row in map(json.loads, lines)}

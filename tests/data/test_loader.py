@@ -5,6 +5,7 @@ Tokens of the test folder are unique, so that what was read can be told from the
 
 import itertools
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm45.data import stream
 from glm45.data.folder import DataFolder
 from glm45.data.loader import Loader, held_out_batches, prefetch
 from glm45.data.mixture import Mixture
@@ -36,6 +38,14 @@ def documents_in(batch):
     return pieces
 
 
+shuffled_in = st.sampled_from([(1 << 18, 1 << 14), (8, 4), (3, 1)])  # documents a block and a window
+
+
+def cut_into(sizes):
+    """Shuffle and pack in smaller portions, so that few documents go through many."""
+    return mock.patch.multiple(stream, BLOCK=sizes[0], WINDOW=sizes[1], WINDOW_ROWS=1)
+
+
 def in_memory(lengths, masks=None):
     bounds = np.cumsum([0, *lengths])
     documents = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
@@ -58,11 +68,13 @@ def test_50_steps_give_the_same_bytes_for_1_2_and_4_ranks_and_after_resume_at_ev
             assert as_bytes(*(resumed.batch(step, 8, rank, ranks) for rank in range(ranks))) == run[step]
 
 
+@pytest.mark.parametrize("sizes", [(1 << 18, 1 << 14), (50, 20)])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_order_of_asking_does_not_matter(data_folder, packing):
-    forward, backward = Loader(data_folder, MIXTURE, 32, packing), Loader(data_folder, MIXTURE, 32, packing)
-    batches = {step: as_bytes(backward.batch(step, 4)) for step in reversed(range(200))}
-    assert all(as_bytes(forward.batch(step, 4)) == batches[step] for step in range(200))
+def test_order_of_asking_does_not_matter(data_folder, packing, sizes):
+    with cut_into(sizes):
+        forward, backward = Loader(data_folder, MIXTURE, 32, packing), Loader(data_folder, MIXTURE, 32, packing)
+        batches = {step: as_bytes(backward.batch(step, 4)) for step in reversed(range(200))}
+        assert all(as_bytes(forward.batch(step, 4)) == batches[step] for step in range(200))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -72,13 +84,14 @@ def test_another_seed_reads_in_another_order(data_folder, packing):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(2, 12), st.integers(0, 5))
-def test_concatenation_reads_every_token_once_an_epoch(lengths, sequence_length, seed):
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(2, 12), st.integers(0, 5), shuffled_in)
+def test_concatenation_reads_every_token_once_an_epoch(lengths, sequence_length, seed, sizes):
     """Two epochs of rows, laid end to end, are two permutations of the documents, each whole and in order."""
     datasets, documents = in_memory(lengths)
-    loader = Loader(datasets, {"a.b": 1}, sequence_length, seed=seed)
     total = sum(lengths)
-    tokens = loader.rows(0, -(-2 * total // sequence_length)).tokens_BT.flatten().tolist()
+    with cut_into(sizes):
+        loader = Loader(datasets, {"a.b": 1}, sequence_length, seed=seed)
+        tokens = loader.rows(0, -(-2 * total // sequence_length)).tokens_BT.flatten().tolist()
     for epoch in range(2):
         left = tokens[epoch * total : (epoch + 1) * total]
         by_first = {document[0]: document for document in documents}
@@ -90,21 +103,26 @@ def test_concatenation_reads_every_token_once_an_epoch(lengths, sequence_length,
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60), st.integers(0, 5))
-def test_packing_reads_every_document_once_an_epoch_and_cuts_none(lengths, sequence_length, seed):
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 60), st.integers(0, 5), shuffled_in)
+def test_packing_reads_every_document_once_an_epoch_and_cuts_none(lengths, sequence_length, seed, sizes):
     datasets, documents = in_memory(lengths)
-    loader = Loader(datasets, {"a.b": 1}, sequence_length, "best_fit", seed=seed)
-    rows = loader._rows[0].rows_of_epoch()
-    for epoch in range(2):
-        assert sorted(documents_in(loader.rows(epoch * rows, rows))) == documents
+    with cut_into(sizes):
+        loader = Loader(datasets, {"a.b": 1}, sequence_length, "best_fit", seed=seed)
+        read, row, two_epochs = [], 0, sorted(documents * 2)
+        while len(read) < len(two_epochs):
+            read += documents_in(loader.rows(row, 1))
+            row += 1
+            if len(read) == len(documents):
+                assert sorted(read) == documents
+    assert sorted(read) == two_epochs
 
 
 def test_document_ids_positions_and_mask_describe_the_tokens(data_folder):
     """Independently: tokens of a document count on, so ids change exactly where the count breaks or a shard says so."""
+    shards = [Shard(data_folder / "shards" / name) for name in ("web.high", "web.medium", "code.high")]
+    starts = {int(shard[document][0]) for shard in shards for document in range(len(shard))}
     for packing in PACKINGS:
         batch = Loader(data_folder, MIXTURE, 64, packing).rows(0, 15)
-        starts = {int(Shard(data_folder / "shards" / name)[i][0]) for name in ("web.high", "web.medium", "code.high")
-                  for i in range(Shard(data_folder / "shards" / name).num_documents)}  # fmt: skip
         for row in range(15):
             expected_id = expected_position = -1
             for column in range(64):
@@ -136,16 +154,17 @@ stage_lists = st.lists(
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=60).filter(any), stage_lists, st.integers(0, 3))
-def test_stages_of_any_shape_neither_repeat_nor_skip_a_token(lengths, stages, seed):
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60).filter(any), stage_lists, st.integers(0, 3), shuffled_in)
+def test_stages_of_any_shape_neither_repeat_nor_skip_a_token(lengths, stages, seed, sizes):
     """After any chain of stages, what was read and what is still pending are whole epochs plus the start of one."""
     datasets, documents = in_memory(lengths)
     start, read = {}, []
-    for rows, sequence_length, packing in stages:
-        loader = Loader(datasets, {"a.b": 1}, sequence_length, packing, seed, start=start)
-        batch = loader.rows(0, rows)
-        read += batch.tokens_BT[batch.document_ids_BT >= 0].tolist()
-        start = loader.cursors(rows)
+    with cut_into(sizes):
+        for rows, sequence_length, packing in stages:
+            loader = Loader(datasets, {"a.b": 1}, sequence_length, packing, seed, start=start)
+            batch = loader.rows(0, rows)
+            read += batch.tokens_BT[batch.document_ids_BT >= 0].tolist()
+            start = loader.cursors(rows)
     cursor = start["a.b"]
     assert np.ptp(np.bincount(read, minlength=sum(lengths))) <= 1, "a second epoch began before the first was read"
     pending = zip(cursor.pending.starts_N, cursor.pending.lengths_N, strict=True)

@@ -24,7 +24,7 @@ def plain_best_fit(lengths, capacity):
     return bins
 
 
-lengths_and_capacity = st.integers(1, 60).flatmap(
+lengths_and_capacity = st.sampled_from([*range(1, 60), 511, 512, 513, 5_000]).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=80), st.just(capacity))
 )
 

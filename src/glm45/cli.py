@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from glm45 import __version__
+from glm45.pipeline import StepError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left: not a failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, StepError) as error:
         if os.environ.get("GLM45_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
@@ -217,9 +218,36 @@ def _serve(options: argparse.Namespace) -> None:
     serve(options.path, override(ServeConfig(), [*given, *options.overrides]))
 
 
+def define_run(parser: argparse.ArgumentParser) -> None:
+    """`glm45 run RECIPE`: everything from raw text to an evaluated model; the same command goes on."""
+    parser.add_argument("recipe", help="demo, nano_cpu or one_gpu")
+    parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--fast", action="store_true", help="a smoke test of minutes instead of the real thing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps only")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="STEP", help="leave steps, and what needs them, out")
+    parser.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these again, and what needs them")
+    parser.add_argument("--list", action="store_true", help="list the steps and whether they are up to date")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from glm45.recipes.whole import run_whole
+
+    return run_whole(
+        options.recipe,
+        Path(options.folder) if options.folder else None,
+        fast=options.fast,
+        only=options.only,
+        skip=options.skip,
+        again=options.again,
+        list_only=options.list,
+    )
+
+
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "data": (define_data, "build a corpus and report on it"),
     "inspect": (define_inspect, "show a model's parameters, operations and cache size"),
+    "run": (define_run, "run a whole recipe, from raw text to an evaluated model and its report"),
     "train": (define_train, "pre-train and mid-train a recipe; the same command goes on with a run"),
     "export": (define_export, "write a run's weights in the hub layout"),
     "serve": (define_serve, "serve a model: OpenAI-compatible HTTP and a chat page"),

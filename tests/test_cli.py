@@ -1,8 +1,8 @@
 """The command answers at once and tells failures in one line."""
 
+import resource
 import subprocess
 import sys
-import time
 
 
 def run_cli(*arguments):
@@ -20,11 +20,12 @@ def test_help_answers_without_importing_torch():
 
 
 def test_help_is_quick():
-    best = min(_seconds_of_help() for _ in range(3))
-    assert best < 0.5
+    """Processor time, so that a busy machine does not fail it."""
+    assert min(_cpu_seconds_of_help() for _ in range(3)) < 0.5
 
 
-def _seconds_of_help():
-    start = time.perf_counter()
+def _cpu_seconds_of_help():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run_cli("--help").returncode == 0
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

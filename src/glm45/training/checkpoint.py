@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from glm45.config import configuration
+from glm45.training.dtensors import local
 
 FORMAT = 1
 """Version of the layout described above; raised when an older reader could not read it."""
@@ -163,7 +163,7 @@ class Checkpoints:
             self._staged = {name: torch.empty_like(tensor.detach(), device="cpu") for name, tensor in tensors.items()}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                _local(self._staged[name]).copy_(_local(tensor.detach()))
+                local(self._staged[name]).copy_(local(tensor.detach()))
 
     def _write(self, step: int, state: str) -> None:
         partial = self.folder / f"{_name(step)}.partial"
@@ -275,10 +275,6 @@ def _sync_folder(folder: Path) -> None:
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rank() -> int:

@@ -46,10 +46,12 @@ def held_out_losses(model: Glm45, batches: Mapping[str, Sequence[Batch]], world:
         for index in range(0, len(held_out), world.num_data_ranks):
             own = index + world.data_rank
             micro = MicroBatch.of(held_out[min(own, len(held_out) - 1)], world.device)
-            loss = pretraining_loss(model, micro, Counts(targets=1, mtp_targets=1, rows=1), 0.0, 0.0).next_token
+            loss = pretraining_loss(
+                model, micro.part(world.part), Counts(targets=1, mtp_targets=1, rows=1), 0.0, 0.0
+            ).next_token
             if own < len(held_out):
-                totals += torch.stack([loss.double().cpu(), count(micro)[0]])
-        total_loss, num_targets = world.sum_over_data(totals).tolist()
+                totals += torch.stack([loss.double().cpu(), count(micro)[0] * world.counts_rows])
+        total_loss, num_targets = world.sum(totals).tolist()
         losses[source] = total_loss / max(num_targets, 1)
     model.train(was_training)
     if losses:

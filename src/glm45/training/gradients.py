@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from glm45.model.transformer import Glm45
-from glm45.training.losses import Counts, MicroBatch, count, pretraining_loss
-from glm45.training.optimizers import parameter_group
-from glm45.training.parallel import World, reduce_gradients
+from glm45.training.dtensors import local
+from glm45.training.losses import Counts, LossParts, MicroBatch, count, pretraining_loss
+from glm45.training.optimizers import PARAMETER_GROUPS, parameter_group
+from glm45.training.parallel import World, is_copy, is_divided, reduce_gradients
+from glm45.training.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -33,37 +35,51 @@ def forward_backward(
     mtp_weight: float,
     balance_weight: float,
     checkpoint: bool,
+    pipeline: Pipeline | None = None,
 ) -> BatchLoss:
     """Add the gradient of the batch's loss to the parameters, summed over micro-batches and ranks."""
-    totals = world.sum_over_data(count(batch)).tolist()
+    totals = world.sum(count(batch) * world.counts_rows).tolist()
     counts = Counts.of(totals)
-    sums: list[torch.Tensor] = []
-    for micro in batch.split(micro_rows):
-        parts = pretraining_loss(model, micro, counts, mtp_weight, balance_weight, checkpoint)
-        parts.total.backward()
-        scalars = torch.stack([parts.total.detach(), parts.next_token, parts.mtp, parts.balance])
-        sums.append(torch.cat([scalars.double(), parts.loads_LE.flatten().double()]))
+    shares: list[LossParts] = []
+    if pipeline is not None:
+        shares = pipeline.forward_backward(batch, micro_rows, counts, mtp_weight, balance_weight, checkpoint)
+    else:
+        for micro in batch.part(world.part).split(micro_rows):
+            share = pretraining_loss(model, micro, counts, mtp_weight, balance_weight, checkpoint)
+            share.total.backward()
+            shares.append(share)
     reduce_gradients(model, world)
-    reduced = world.sum_over_data(torch.stack(sums).sum(0)).cpu()
+    reduced = world.sum(torch.stack([_flat(share) for share in shares]).sum(0)).cpu()
     total, next_token, mtp, balance = reduced[:4].tolist()
     loads_LE = reduced[4:].float().view(-1, model.config.n_routed_experts)
     return BatchLoss(total, next_token, mtp, balance, int(totals[0]), loads_LE)
 
 
+def _flat(share: LossParts) -> torch.Tensor:
+    scalars = torch.stack([share.total.detach(), share.next_token, share.mtp, share.balance])
+    return torch.cat([scalars.double(), share.loads_LE.flatten().double()])
+
+
 def gradient_squares(model: nn.Module, world: World) -> dict[str, float]:
-    """Return the sum of squares of the gradient by group of parameters, over all ranks."""
+    """Return the sum of squares of the gradient by group of parameters, over all ranks, each number counted once."""
     gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients[parameter_group(name)].append(parameter.grad)
-    groups = sorted(gradients)
-    squares = torch.stack([torch.stack(torch._foreach_norm(gradients[group])).square().sum() for group in groups])
-    return dict(zip(groups, squares.tolist(), strict=True))
+    squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64)
+    for divided in (False, True):
+        gradients.clear()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and is_divided(parameter) == divided and not is_copy(name, world):
+                gradients[parameter_group(name)].append(local(parameter.grad))
+        copies = world.layout.replicate * (1 if divided else world.layout.tensor)
+        for group, parts in gradients.items():
+            norms = torch.stack(torch._foreach_norm(parts))
+            squares[PARAMETER_GROUPS.index(group)] += norms.double().square().sum().cpu() / copies
+    found = zip(PARAMETER_GROUPS, world.sum(squares).tolist(), strict=True)
+    return {group: square for group, square in found if square}
 
 
 def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
     """Scale the gradient so that its norm is at most `limit`, given its norm."""
     if norm <= limit:
         return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     torch._foreach_mul_(gradients, limit / norm)

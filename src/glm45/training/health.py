@@ -13,6 +13,7 @@ from glm45.config import configuration
 from glm45.kernels.attention import attention
 from glm45.model.moe import RouterHealth
 from glm45.model.transformer import Glm45
+from glm45.training.dtensors import local
 from glm45.training.optimizers import parameter_group
 
 
@@ -85,7 +86,7 @@ class UpdateNorms:
     """Relative size of the updates of one step, by group: a snapshot of the weights before and a look after it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._before = {name: _local(parameter).detach().clone() for name, parameter in model.named_parameters()}
+        self._before = {name: local(parameter).detach().clone() for name, parameter in model.named_parameters()}
 
     def look(self, model: nn.Module) -> dict[str, float]:
         """Return the norm of the update over the norm of the weights, by group, of this rank's part."""
@@ -94,7 +95,7 @@ class UpdateNorms:
         for name, parameter in model.named_parameters():
             before = self._before[name]
             group = parameter_group(name)
-            moved[group] += (_local(parameter).detach() - before).square().sum().item()
+            moved[group] += (local(parameter).detach() - before).square().sum().item()
             size[group] += before.square().sum().item()
         return {group: round((moved[group] / max(size[group], 1e-30)) ** 0.5, 8) for group in sorted(size)}
 
@@ -123,7 +124,3 @@ def attention_logit_range(model: Glm45, tokens_BT: torch.Tensor) -> list[float]:
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
     model(tokens_BT, positions=positions_BT, cache=probe, output="hidden")
     return [round(value, 4) for _, value in sorted(probe.largest.items())]
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -70,7 +70,7 @@ class Layout:
             "intermediate_size": model.intermediate_size,
             "moe_intermediate_size": model.moe_intermediate_size,
         }
-        tokens = tensor * context
+        tokens, kv_heads = tensor * context, max(1, model.num_key_value_heads // tensor)
         return [
             (self.replicate != 0 and min(self.shard, context, tensor, self.expert, self.pipeline) >= 1,
              "every size must be 1 or more (replicate may be -1)"),
@@ -78,10 +78,10 @@ class Layout:
               for name, width in widths.items()),
             (hidden % (self.shard * context) == 0,
              f"shard * context {self.shard * context} does not divide hidden_size {hidden}"),
-            (model.num_attention_heads % context == 0,
-             f"context {context} does not divide num_attention_heads {model.num_attention_heads}"),
-            (max(context, model.num_key_value_heads) % min(context, model.num_key_value_heads) == 0,
-             f"context {context} and num_key_value_heads {model.num_key_value_heads}: one must divide the other"),
+            (model.num_attention_heads % (context * tensor) == 0,
+             f"context * tensor {context * tensor} does not divide num_attention_heads {model.num_attention_heads}"),
+            (max(context, kv_heads) % min(context, kv_heads) == 0,
+             f"context {context} and the {kv_heads} key/value heads of a rank: one must divide the other"),
             (all(length % tokens == 0 for length in sequence_lengths),
              f"tensor * context {tokens} does not divide every sequence length of {sequence_lengths}"),
             (model.n_routed_experts % self.expert == 0,

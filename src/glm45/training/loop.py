@@ -130,6 +130,7 @@ def train_step(state: TrainingState, rows: Rows) -> dict[str, Any]:
         stage.mtp_weight,
         config.balance_weight,
         config.activation_checkpointing,
+        state.pipeline,
     )
     squares = gradient_squares(state.model, world)
     norm = sum(squares.values()) ** 0.5
@@ -143,7 +144,7 @@ def train_step(state: TrainingState, rows: Rows) -> dict[str, Any]:
         set_learning_rate(state.optimizers, rate, config.optimizer)
         for optimizer in state.optimizers:
             optimizer.step()
-        state.model.update_router_bias(loss.loads_LE.to(world.device), stage.router_bias_rate)
+        state.update_router_bias(loss.loads_LE, stage.router_bias_rate)
         state.router.add(loss.loads_LE)
         if before is not None:
             record |= {"gradient_norms": norms_by_group(squares), "relative_updates": before.look(state.model)}

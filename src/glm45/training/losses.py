@@ -4,8 +4,8 @@ B rows, T tokens, L MoE layers, E experts. Every sum is divided by a count over 
 micro-batches, so the parts of micro-batches and ranks simply add up to the loss of the batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,11 @@ class MicroBatch:
         mtp_targets, mtp_valid = shifted_targets(tokens, documents, mask, shift=2)
         fields = (tokens, documents, batch.positions_BT, targets, valid, mtp_targets, mtp_valid)
         return cls(*(field.to(device, non_blocking=True) for field in fields))
+
+    def part(self, take: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        """Keep the targets of some positions; what the model reads stays whole, and it takes its part itself."""
+        names = ("targets_BT", "valid_BT", "mtp_targets_BT", "mtp_valid_BT")
+        return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def split(self, rows: int) -> "list[MicroBatch]":
         """Cut into micro-batches of at most `rows` rows."""

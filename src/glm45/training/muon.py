@@ -20,6 +20,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from glm45.training.dtensors import local
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024). Not in the report, which gives the five steps alone."""
 
@@ -75,11 +77,11 @@ class Muon(torch.optim.Optimizer):
                 self._step_group(group, active)
 
     def _step_group(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
-        gradients = [_local(parameter.grad) for parameter in parameters]
+        momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        torch._foreach_mul_([_local(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_([local(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"])
         buckets: dict[Any, list[Matrices]] = defaultdict(list)
         for parameter, update in zip(parameters, updates, strict=True):
             for matrices in split_matrices(parameter, update, group["layout"]):
@@ -145,18 +147,18 @@ def split_matrices(parameter: torch.Tensor, update: torch.Tensor, layout: str) -
     `[K, G + 2, N, D]`, K groups of G query heads, a key head and a value head of size N: the matrices are those of
     the separate projections, `[K * G * N, D]` for queries and `[K * N, D]` for keys and values.
     """
-    local = _local(parameter)
+    own = local(parameter)
     mesh, placements = _matrix_sharding(parameter, layout)
     if layout == "stack":
         shape = (parameter.shape[-2], parameter.shape[-1])
         stack = update.reshape(-1, *update.shape[-2:])
-        return [Matrices(shape, stack, local, mesh, placements)]
+        return [Matrices(shape, stack, own, mesh, placements)]
     heads, group_rows, size, hidden = parameter.shape
     found = []
     for start, end in ((0, group_rows - 2), (group_rows - 2, group_rows - 1), (group_rows - 1, group_rows)):
         shape = (heads * (end - start) * size, hidden)
         rows = update[:, start:end].reshape(1, -1, update.shape[-1])
-        found.append(Matrices(shape, rows, local[:, start:end], mesh, placements))
+        found.append(Matrices(shape, rows, own[:, start:end], mesh, placements))
     return found
 
 
@@ -208,7 +210,3 @@ def _chunks(bucket: list[Matrices], matrix_elements: int) -> Iterable[list[Matri
         held += size
     if chunk:
         yield chunk
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,7 +15,8 @@ from glm45.training.checkpoint import Checkpoints, training_tensors
 from glm45.training.guard import Guard
 from glm45.training.health import RouterMonitor
 from glm45.training.optimizers import build_optimizers
-from glm45.training.parallel import World
+from glm45.training.parallel import World, parallelize
+from glm45.training.pipeline import Pipeline
 from glm45.training.run import TrainConfig
 from glm45.training.schedule import Plan, Step
 
@@ -31,6 +32,8 @@ class TrainingState:
     optimizers: list[torch.optim.Optimizer]
     guard: Guard
     router: RouterMonitor
+    pipeline: Pipeline | None = None
+    """What runs the model where its layers are on several ranks."""
     step: int = 0
     """Steps done."""
     best: tuple[int, float] | None = None
@@ -45,6 +48,7 @@ class TrainingState:
         """Build model and optimisers as they are before the first step."""
         model = build_model(config, world)
         model.set_compute_dtype(getattr(torch, facts["precision"]))
+        pipeline = parallelize(model, world)
         return cls(
             config=config,
             world=world,
@@ -54,12 +58,18 @@ class TrainingState:
             guard=Guard(config.guard),
             router=RouterMonitor(config.health),
             facts=facts,
+            pipeline=pipeline,
         )
 
     def enter_stage(self, step: Step) -> None:
         """Set what the stage of `step` sets: the RoPE base."""
         if self.model.config.rope_theta != step.segment.stage.rope_theta:
             self.model.set_rope_theta(step.segment.stage.rope_theta)
+
+    def update_router_bias(self, loads_LE: torch.Tensor, rate: float) -> None:
+        """Apply loss-free balance to this rank's layers, given the loads of all."""
+        own_LE = loads_LE if self.pipeline is None else loads_LE[self.pipeline.own_rows]
+        self.model.update_router_bias(own_LE.to(self.world.device), rate)
 
     def save(self, checkpoints: Checkpoints, metrics_length: int) -> None:
         """Start writing a checkpoint of this state."""

@@ -1,0 +1,155 @@
+"""Run under torchrun by test_parallel.py: every layout of as many processes as there are against one process.
+
+Prints one JSON line a layout. With "--checkpoints FOLDER" it also saves at one layout and loads at the others.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from glm45.data.loader import Batch
+from glm45.model.config import preset
+from glm45.model.transformer import Glm45
+from glm45.training.checkpoint import Checkpoints, Retention, training_tensors
+from glm45.training.gradients import clip_gradients, forward_backward, gradient_squares
+from glm45.training.layout import Layout
+from glm45.training.losses import MicroBatch
+from glm45.training.optimizers import OptimizerConfig, build_optimizers, set_learning_rate
+from glm45.training.parallel import World, parallelize
+
+LAYOUTS = {
+    2: {
+        "replicas": Layout(replicate=2),
+        "fsdp": Layout(shard=2),
+        "expert x fsdp": Layout(shard=2, expert=2),
+        "tensor": Layout(tensor=2),
+        "context": Layout(context=2),
+        "pipeline": Layout(pipeline=2),
+    },
+    4: {
+        "fsdp": Layout(shard=4),
+        "hsdp": Layout(replicate=2, shard=2),
+        "expert x fsdp": Layout(shard=4, expert=2),
+        "expert": Layout(shard=4, expert=4),
+        "replicas x expert": Layout(replicate=2, shard=2, expert=2),
+        "tensor x fsdp": Layout(shard=2, tensor=2),
+        "tensor x replicas": Layout(replicate=2, tensor=2),
+        "context x fsdp": Layout(shard=2, context=2),
+        "context, heads repeated": Layout(context=4),
+        "context x expert": Layout(shard=2, context=2, expert=4),
+        "context x tensor": Layout(context=2, tensor=2),
+        "pipeline x fsdp": Layout(pipeline=2, shard=2),
+        "pipeline x expert": Layout(pipeline=2, shard=2, expert=2),
+        "interleaved": Layout(pipeline=2, replicate=2, pipeline_schedule="interleaved"),
+    },
+}
+ROWS, LENGTH, STEPS = 8, 32, 5
+DTYPE = torch.float64
+OPTIMIZER = OptimizerConfig(clip_norm=0.5)
+MODEL = dataclasses.replace(preset("pico"), num_hidden_layers=4)
+
+
+def rows(step, world):
+    """This rank's part of a batch of packed documents, the last row padded."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 300, (ROWS, LENGTH), generator=generator)
+    starts = torch.rand(ROWS, LENGTH, generator=generator) < 0.15
+    starts[:, 0] = False
+    documents = starts.long().cumsum(1)
+    documents[-1, LENGTH * 2 // 3 :] = -1
+    index = torch.arange(LENGTH).expand(ROWS, -1)
+    first = torch.where(starts, index, 0).cummax(1).values
+    mask = (torch.rand(ROWS, LENGTH, generator=generator) < 0.9) & (documents >= 0)
+    share = ROWS // world.num_data_ranks
+    own = slice(world.data_rank * share, (world.data_rank + 1) * share)
+    return MicroBatch.of(Batch(tokens[own], documents[own], (index - first)[own], mask[own]))
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def build(world):
+    # In fp64, rounding cannot hide a mistake, nor AdamW blow up the noise of gradients that should be zero.
+    model = Glm45(MODEL, seed=1, compute_dtype=DTYPE).to(DTYPE).train()
+    pipeline = parallelize(model, world)
+    return model, pipeline, build_optimizers(model, OPTIMIZER)
+
+
+def one_step(model, pipeline, optimizers, world, step):
+    """Return the loss, the norm and the whole gradient of a step, taken."""
+    loss = forward_backward(model, rows(step, world), world, 2, 0.3, 1e-2, step % 2 == 1, pipeline)
+    norm = sum(gradient_squares(model, world).values()) ** 0.5
+    gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    clip_gradients(model, norm, OPTIMIZER.clip_norm)
+    set_learning_rate(optimizers, 1e-2, OPTIMIZER)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.update_router_bias(loss.loads_LE[pipeline.own_rows] if pipeline else loss.loads_LE, 1e-3)
+    model.zero_grad()
+    return loss, norm, gradients
+
+
+def trajectory(world):
+    model, pipeline, optimizers = build(world)
+    results = [one_step(model, pipeline, optimizers, world, step) for step in range(STEPS)]
+    weights = {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+    return results, weights
+
+
+def largest_difference(own, expected):
+    """Largest difference over the largest magnitude of each tensor; names not held by this rank are others' affair."""
+    differences = {
+        name: ((own[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3)).item()
+        for name in own
+    }
+    name = max(differences, key=differences.get)
+    return differences[name], name
+
+
+def compare(layout, expected):
+    world = World.start(layout)
+    results, weights = trajectory(world)
+    expected_results, expected_weights = expected
+    report = {
+        "gradient": max(largest_difference(own[2], want[2]) for own, want in zip(results, expected_results, strict=True)),
+        "weights": largest_difference(weights, expected_weights),
+        "loss": max(abs(a[0].total - b[0].total) for a, b in zip(results, expected_results, strict=True)),
+        "norm": max(abs(a[1] / b[1] - 1) for a, b in zip(results, expected_results, strict=True)),
+        "loads": max((a[0].loads_LE - b[0].loads_LE).abs().max().item() for a, b in zip(results, expected_results, strict=True)),
+    }
+    every_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(every_rank, report)
+    return {key: max(rank_report[key] for rank_report in every_rank) for key in report}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only")
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--load", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    alone = World(Layout(replicate=1), torch.device("cpu"))
+    expected = trajectory(alone)
+    dist.init_process_group("gloo")
+    failed = False
+    for name, layout in LAYOUTS[dist.get_world_size()].items():
+        if options.only and options.only != name:
+            continue
+        result = {"layout": name, **compare(layout, expected)}
+        failed |= max(result["gradient"][0], result["weights"][0], result["loss"], result["norm"]) > 1e-9
+        if dist.get_rank() == 0:
+            print(json.dumps(result), flush=True)
+    dist.destroy_process_group()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

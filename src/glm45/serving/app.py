@@ -21,7 +21,7 @@ from glm45.serving.exchange import CLIENT_LEFT, ClientLeftError
 from glm45.serving.service import Service
 
 logger = logging.getLogger("glm45.serving")
-PAGE_FILES = {"style.css": "text/css", "chat.js": "text/javascript", "markdown.js": "text/javascript"}
+PAGE_TYPES = {".css": "text/css", ".js": "text/javascript"}
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -51,6 +51,7 @@ def build_app(service: Service, allowed_hosts: Iterable[str] = ()) -> FastAPI:
 
 def _add_page(app: FastAPI) -> None:
     folder = Path(str(resources.files("glm45.serving").joinpath("page")))
+    files = {path.name: path for path in folder.iterdir() if path.suffix in PAGE_TYPES}
     headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
     @app.get("/", include_in_schema=False)
@@ -59,9 +60,9 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str) -> Response:
-        if name not in PAGE_FILES:
-            raise ApiError(404, f"the page has no file {name!r}")
-        return FileResponse(folder / name, media_type=PAGE_FILES[name], headers=headers)
+        if name not in files:
+            raise ApiError(404, f"the page has no file {name!r}", code="not_found")
+        return FileResponse(files[name], media_type=PAGE_TYPES[files[name].suffix], headers=headers)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

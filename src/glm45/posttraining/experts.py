@@ -5,7 +5,6 @@ sampling, becomes part of the overall SFT set of the unified hybrid model, which
 directly with `/nothink`; a last RL pass runs on the mix, with penalties for faults of form.
 """
 
-from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 
@@ -107,7 +106,14 @@ class ExpertIteration:
 def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
     """Return the run as steps, each with everything its output depends on."""
     shared = {"seed": config.seed}
-    steps = [_base(config), _step("tasks", {**shared, "num_tasks": config.num_tasks, "experts": _dump(config.experts)})]
+    domains = [expert.domain for expert in config.experts]
+    tasks = {
+        "num_tasks": config.num_tasks,
+        "domains": domains,
+        "arithmetic": to_dict(config.cold_start.arithmetic),
+        **shared,
+    }
+    steps = [_base(config), _step("tasks", tasks)]
     trajectories = []
     for expert in config.experts:
         steps += _expert_steps(config, expert)
@@ -118,7 +124,6 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
     if config.final_rl_steps:
         rl = {**to_dict(config.rl), "steps": config.final_rl_steps, "name": "final"}
         rl["rollout"] = {**rl["rollout"], "penalties": to_dict(config.penalties)}
-        domains = [expert.domain for expert in config.experts]
         steps.append(
             _step("final-rl", {"rl": rl, "domains": domains, **shared}, ("overall-sft", "tasks"), "expert_rl", 300)
         )
@@ -172,7 +177,3 @@ def _step(
 ) -> Step:
     function = function or name.replace("-", "_")
     return Step(name, f"{STEPS}:{function}", config=config, needs=needs, cores=1, seconds=seconds)
-
-
-def _dump(experts: Sequence[Expert]) -> list[dict]:
-    return [to_dict(expert) for expert in experts]

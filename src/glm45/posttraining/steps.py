@@ -5,13 +5,14 @@ import dataclasses
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glm45.config import from_dict
+from glm45.corpus.arithmetic import ArithmeticConfig
 from glm45.engine.clients import InProcessClient
 from glm45.engine.engine import Engine, EngineConfig
 from glm45.environments.arithmetic import arithmetic_tasks
@@ -40,12 +41,19 @@ from glm45.rl.config import RLConfig
 from glm45.rl.driver import run_rl
 from glm45.rl.metrics import accuracy
 from glm45.rl.pool import Group
+from glm45.rl.pools import PoolsConfig, measure_pools
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.seeds import derive_seed
 from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
+from glm45.training.metrics import read_record
 
-FAMILIES = {"arithmetic": arithmetic_tasks, "tools": tool_tasks, "instructions": instruction_tasks}
+HELD_OUT_FIGURES = ("held_out_greedy", "held_out_full_cap", "held_out", "held_out_length")
+FAMILIES: dict[str, Callable[[int, int], Iterator[Task]]] = {
+    "arithmetic": arithmetic_tasks,
+    "tools": tool_tasks,
+    "instructions": instruction_tasks,
+}
 
 
 def adopt_base(context: Context) -> None:
@@ -61,19 +69,28 @@ def train_base(context: Context) -> None:
     sound = ColdStartConfig(arithmetic=careful, sound_share=1.0)
     conversations = _mixed(config["domains"], derive_seed(config["seed"], "base"), config["count"], sound)
     tokenizer = Tokenizer.train(_plain_texts(conversations[:4000]), config["vocab_size"])
-    shape = from_dict(ModelConfig, config["shape"])
-    shape = dataclasses.replace(
-        shape, vocab_size=tokenizer.padded_vocab_size, eos_token_id=tuple(tokenizer.eos_token_ids)
-    )
-    fine_tune(context.folder, conversations, tokenizer, shape, from_dict(SFTConfig, config["sft"]))
+    _train_from_nothing(context.folder, conversations, tokenizer, config)
+
+
+def train_policy(context: Context) -> None:
+    """Train a small policy and its tokenizer on one domain's cold start, faults included: the start of RL alone."""
+    config = context.config
+    cold = from_dict(ColdStartConfig, config["cold_start"])
+    conversations = list(cold_start(config["domain"], config["seed"], config["count"], cold))
+    tokenizer = Tokenizer.train(_plain_texts(conversations[:4000]), config["vocab_size"])
+    _train_from_nothing(context.folder, conversations, tokenizer, config)
 
 
 def tasks(context: Context) -> None:
-    """Write training and held-out tasks of each domain, split by hash."""
+    """Write training and held-out tasks of each domain, split by hash; `arithmetic` gives that family's problems."""
+    config = context.config
+    families = dict(FAMILIES)
+    if "arithmetic" in config:
+        problems = from_dict(ArithmeticConfig, config["arithmetic"])
+        families["arithmetic"] = lambda seed, count: arithmetic_tasks(seed, count, problems)
     counts = {}
-    for expert in context.config["experts"]:
-        domain = expert["domain"]
-        family = FAMILIES[domain](derive_seed(context.config["seed"], "tasks", domain), context.config["num_tasks"])
+    for domain in config["domains"]:
+        family = families[domain](derive_seed(config["seed"], "tasks", domain), config["num_tasks"])
         different = {task.task_id: task for task in family}
         train, held_out = split_tasks(different.values())
         counts[domain] = {
@@ -81,6 +98,18 @@ def tasks(context: Context) -> None:
             "held_out": write_tasks(context.folder / f"{domain}.held_out.jsonl", held_out),
         }
     _write_json(context.folder / "counts.json", counts)
+
+
+def pools(context: Context) -> None:
+    """Measure how hard the training tasks of a domain are for the input model."""
+    source = _model_folder(context)
+    config = dataclasses.replace(
+        from_dict(PoolsConfig, context.config["pools"]),
+        policy=str(source / "model"),
+        tasks=str(context.inputs["tasks"] / f"{context.config['domain']}.train.jsonl"),
+        seed=context.config["seed"],
+    )
+    measure_pools(config, context.folder / "pools.json")
 
 
 def expert_cold_start(context: Context) -> None:
@@ -95,14 +124,14 @@ def expert_cold_start(context: Context) -> None:
 
 def expert_rl(context: Context) -> None:
     """Train the step's input model by RL on the tasks of one domain or several."""
-    source = next(folder for name, folder in context.inputs.items() if name != "tasks")
     for split in ("train", "held_out"):
         with (context.folder / f"{split}.jsonl").open("w") as sink:
             for domain in context.config["domains"]:
                 sink.write((context.inputs["tasks"] / f"{domain}.{split}.jsonl").read_text())
+    measured = context.inputs.get("pools")
     config = dataclasses.replace(
-        from_dict(RLConfig, context.config["rl"]),
-        policy=str(source / "model"),
+        from_dict(RLConfig, {**context.config["rl"], "pools": str(measured / "pools.json") if measured else ""}),
+        policy=str(_model_folder(context) / "model"),
         tasks=str(context.folder / "train.jsonl"),
         held_out=str(context.folder / "held_out.jsonl"),
         seed=context.config["seed"],
@@ -115,7 +144,7 @@ def expert_trajectories(context: Context) -> None:
     """Sample an expert on training prompts and keep what passes the filters, as conversations."""
     config = context.config
     collect = from_dict(TrajectoryConfig, config["trajectories"])
-    source = next(folder for name, folder in context.inputs.items() if name != "tasks")
+    source = _model_folder(context)
     prompts = list(read_tasks(context.inputs["tasks"] / f"{config['domain']}.train.jsonl"))[: collect.num_prompts]
     rl = from_dict(RLConfig, config["rl"])
     sampling = Sampling(collect.num_samples, rl.lengths.full, 1.0, derive_seed(config["seed"], "trajectories"))
@@ -170,6 +199,24 @@ def comparison(context: Context) -> None:
     _write_json(context.folder / "comparison.json", scores)
 
 
+def arms(context: Context) -> None:
+    """Put the runs of an experiment beside each other: first and last held-out figures and what they cost."""
+    rows = {}
+    for name, folder in context.inputs.items():
+        record = read_record(folder)
+        looked = [row for row in record if "held_out_greedy" in row]
+        rows[name] = {
+            **{f"{key}_first": looked[0][key] for key in HELD_OUT_FIGURES},
+            **{f"{key}_last": looked[-1][key] for key in HELD_OUT_FIGURES},
+            "updates": len(record) - 1,
+            "samples": sum(row.get("num_samples", 0) for row in record),
+            "generated_tokens": sum(row.get("generated_tokens", 0) for row in record),
+            "truncation": sum(row.get("truncation", 0) for row in record) / max(len(record) - 1, 1),
+            "alarms": sorted({alarm.split(":")[0].split("?")[0] for row in record for alarm in row.get("alarms", [])}),
+        }
+    _write_json(context.folder / "arms.json", rows)
+
+
 def sample_groups(policy: Path, prompts: list[Task], sampling: Sampling, rl: RLConfig) -> list[Group]:
     """Sample and judge a group for each prompt with the policy in a hub folder."""
     tokenizer = Tokenizer.load(policy)
@@ -177,6 +224,23 @@ def sample_groups(policy: Path, prompts: list[Task], sampling: Sampling, rl: RLC
     with RewardWorkers(rl.rewards) as rewards, Engine(model, tokenizer, EngineConfig()) as engine:
         rollout = Rollout(InProcessClient(engine), tokenizer, rewards, rl.rollout)
         return asyncio.run(rollout.make_groups(list(enumerate(prompts)), sampling))
+
+
+def _model_folder(context: Context) -> Path:
+    """Return the input that holds a model: all others have names that say what they are."""
+    return next(folder for name, folder in context.inputs.items() if name not in ("tasks", "pools"))
+
+
+def _train_from_nothing(
+    folder: Path, conversations: list[Conversation], tokenizer: Tokenizer, config: dict[str, Any]
+) -> None:
+    """Train random weights of the configured shape, with the vocabulary of the tokenizer."""
+    shape = dataclasses.replace(
+        from_dict(ModelConfig, config["shape"]),
+        vocab_size=tokenizer.padded_vocab_size,
+        eos_token_id=tuple(tokenizer.eos_token_ids),
+    )
+    fine_tune(folder, conversations, tokenizer, shape, from_dict(SFTConfig, config["sft"]))
 
 
 def _mixed(domains: list[str], seed: int, count: int, config: ColdStartConfig) -> list[Conversation]:

@@ -7,10 +7,10 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from glm45.engine.clients import EngineClient
 from glm45.engine.request import Completion, SamplingParams
 from glm45.environments.formats import format_faults, language_mixing_rate, repetition_rate
 from glm45.environments.protocol import Task
@@ -24,6 +24,9 @@ from glm45.seeds import derive_seed
 from glm45.text.chat import render_tokens
 from glm45.text.parsing import parse_ids
 from glm45.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from glm45.engine.clients import EngineClient
 
 REPETITION_LIMIT, LANGUAGE_MIXING_LIMIT = 0.2, 0.05
 
@@ -41,7 +44,7 @@ class Sampling:
 class Rollout:
     """Makes groups with one engine client and one set of reward processes."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, rewards: RewardWorkers, config: RolloutConfig):
+    def __init__(self, client: "EngineClient", tokenizer: Tokenizer, rewards: RewardWorkers, config: RolloutConfig):
         self.client, self.tokenizer, self.rewards, self.config = client, tokenizer, rewards, config
 
     async def fill(self, pool: Pool, wanted: int, sampling: Sampling) -> list[Group]:

@@ -1,0 +1,198 @@
+"""Rollouts with a planted engine: groups, refills, failures, penalties, overlap, staleness."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from glm45.engine.request import Completion
+from glm45.environments.arithmetic import ArithmeticVerifier, arithmetic_tasks
+from glm45.environments.protocol import Failure
+from glm45.rl.config import PenaltyConfig, RolloutConfig
+from glm45.rl.metrics import accuracy, rollout_metrics
+from glm45.rl.pool import Pool
+from glm45.rl.rollout import Rollout, Sampling
+
+SAMPLING = Sampling(num_samples=4, max_tokens=8, temperature=1.0, seed=1)
+TASKS = list(arithmetic_tasks(1, 12))
+
+
+class PlantedEngine:
+    """An engine client that answers `answer(prompt text, sample)` after `delay(prompt text)` seconds."""
+
+    def __init__(self, tokenizer, answer, delay=lambda prompt: 0.0):
+        self.tokenizer, self.answer, self.delay = tokenizer, answer, delay
+        self.version, self.params = 0, []
+
+    async def generate(self, prompt_ids, params):
+        self.params.append(params)
+        prompt = self.tokenizer.decode(prompt_ids)
+        version = self.version
+        await asyncio.sleep(self.delay(prompt))
+        return [self.completion(prompt, index, version) for index in range(params.n)]
+
+    def completion(self, prompt, index, version):
+        spelled = self.answer(prompt, index)
+        think, end = (self.tokenizer.special_id(name) for name in ("<think>", "</think>"))
+        ids = [*self.tokenizer.encode("\n"), think, *self.tokenizer.encode("so"), end]
+        ids += self.tokenizer.encode(f"\n{spelled}")
+        finish = "stop" if spelled is not None else "length"
+        ids += [self.tokenizer.special_id("<|user|>")] if finish == "stop" else []
+        return Completion(index, ids, [-0.5] * len(ids), [version] * len(ids), finish)
+
+
+class DirectRewards:
+    """Judges in this process; a content of "break" breaks the verifier."""
+
+    def __init__(self, delay=0.0):
+        self.delay, self.threads = delay, ThreadPoolExecutor(8)
+
+    def submit(self, task, response):
+        return self.threads.submit(self._score, task, response)
+
+    def _score(self, task, response):
+        time.sleep(self.delay)
+        if response.get("content") == "break":
+            return Failure("error", "planted")
+        return ArithmeticVerifier().score(task, response)
+
+
+def right_answer(prompt):
+    expression = prompt.split("\n")[1].split("=?")[0]
+    return str(eval(expression))
+
+
+@pytest.fixture
+def rollout(tokenizer):
+    def make(answer, config=None, delay=lambda prompt: 0.0, reward_delay=0.0):
+        return Rollout(
+            PlantedEngine(tokenizer, answer, delay), tokenizer, DirectRewards(reward_delay), config or RolloutConfig()
+        )
+
+    return make
+
+
+def test_a_group_is_the_prompt_with_each_sampled_answer(rollout, tokenizer):
+    maker = rollout(lambda prompt, index: right_answer(prompt) if index < 3 else "7")
+    group = asyncio.run(maker.make_group(5, TASKS[0], SAMPLING))
+    assert [sample.reward for sample in group] == [1.0, 1.0, 1.0, 0.0]
+    assert {(sample.group_id, sample.status) for sample in group} == {(5, "completed")}
+    text = tokenizer.decode(group[0].tokens)
+    assert text.startswith("[gMASK]<sop><|user|>\n" + TASKS[0].messages[0]["content"] + "<|assistant|>\n<think>so")
+    learnt = [token for token, mask in zip(group[0].tokens, group[0].loss_mask, strict=True) if mask]
+    assert tokenizer.decode(learnt) == f"\n<think>so</think>\n{TASKS[0].answer}<|user|>"
+    assert group[0].response["reasoning_content"] == "so"
+
+
+def test_order_and_seeds_do_not_depend_on_what_finishes_first(rollout):
+    delays = {task.messages[0]["content"]: 0.05 - 0.004 * i for i, task in enumerate(TASKS)}
+    maker = rollout(lambda prompt, index: "7", delay=lambda prompt: delays[prompt.split("\n")[1].split("<")[0]])
+    groups = asyncio.run(maker.make_groups(list(enumerate(TASKS)), SAMPLING))
+    assert [group[0].task for group in groups] == TASKS
+    seeds = [params.seed for params in maker.client.params]
+    asyncio.run(maker.make_groups(list(enumerate(TASKS)), SAMPLING))
+    assert [params.seed for params in maker.client.params] == seeds * 2
+    assert len(set(seeds)) == len(TASKS)
+
+
+def test_flat_groups_are_dropped_and_replaced_but_not_hidden_from_the_mean(rollout):
+    """Only prompts whose answer ends in an even digit teach anything."""
+
+    def answer(prompt, index):
+        right = right_answer(prompt)
+        return right if int(right) % 2 or index == 0 else "7"
+
+    pool = Pool(TASKS, seed=1)
+    maker = rollout(answer, RolloutConfig(oversampling=1.0))
+    made = asyncio.run(maker.fill(pool, 6, SAMPLING))
+    assert pool.num_landed == 6
+    assert pool.counts["dropped_uninformative"] == len(made) - 6 > 0
+    assert all(int(group[0].task.answer) % 2 == 0 for group in pool.take(6, 0))
+    record = rollout_metrics(made, 0)
+    assert record["reward"] == pytest.approx((6 * 0.25 + (len(made) - 6)) / len(made))
+    assert record["informative_share"] == pytest.approx(6 / len(made))
+    assert record["pass_at_4"] == 1.0
+    assert record["pass_at_1"] == pytest.approx(record["reward"])
+    assert accuracy(made) == pytest.approx(record["reward"])
+
+
+def test_the_rounds_end_where_nothing_is_informative(rollout):
+    pool = Pool(TASKS, seed=1)
+    made = asyncio.run(rollout(lambda prompt, index: "7", RolloutConfig(max_rounds=3)).fill(pool, 4, SAMPLING))
+    assert (len(made), pool.num_landed, pool.counts["dropped_uninformative"]) == (15, 0, 15)
+
+
+def test_an_answer_that_cannot_be_judged_is_dropped_and_counted_not_zero(rollout):
+    pool = Pool(TASKS, seed=1)
+    maker = rollout(lambda prompt, index: ["break", "break", right_answer(prompt), "7"][index])
+    made = asyncio.run(maker.fill(pool, 4, SAMPLING))
+    taken = pool.take(4, 0)
+    assert [[sample.reward for sample in group] for group in taken] == [[1.0, 0.0]] * 4
+    assert pool.counts["failed_samples"] == 2 * len(made)
+    assert rollout_metrics(made, 0)["failure_share"] == 0.5
+    assert rollout_metrics(made, 0)["reward"] == 0.5
+
+
+def test_groups_with_one_judged_sample_are_dropped_as_failed(rollout):
+    pool = Pool(TASKS, seed=1)
+    maker = rollout(lambda prompt, index: "break" if index else "7", RolloutConfig(max_rounds=1))
+    asyncio.run(maker.fill(pool, 4, SAMPLING))
+    assert pool.counts["dropped_failed"] == 5
+
+
+def test_penalties_of_form_are_parts_of_the_reward(rollout):
+    penalties = PenaltyConfig(language_mixing=0.25, repetition=0.5)
+    maker = rollout(lambda prompt, index: "ответ" if index else "7", RolloutConfig(penalties=penalties))
+    group = asyncio.run(maker.make_group(0, TASKS[0], SAMPLING))
+    assert group[1].reward == -0.25
+    assert group[1].reward_parts["language_mixing_penalty"] == -0.25
+    assert "language_mixing_penalty" not in group[0].reward_parts
+
+
+def test_a_cut_answer_is_truncated(rollout):
+    group = asyncio.run(rollout(lambda prompt, index: None).make_group(0, TASKS[0], SAMPLING))
+    assert {sample.status for sample in group} == {"truncated"}
+    assert rollout_metrics([group], 0)["truncation"] == 1.0
+
+
+def test_scoring_overlaps_with_generation(rollout):
+    """Eight prompts that come 0.05 s apart, and 0.05 s of scoring each: little more than generation alone."""
+    delays = {task.messages[0]["content"]: 0.05 * (i + 1) for i, task in enumerate(TASKS[:8])}
+    maker = rollout(
+        lambda prompt, index: "7", delay=lambda prompt: delays[prompt.split("\n")[1].split("<")[0]], reward_delay=0.05
+    )
+    start = time.perf_counter()
+    asyncio.run(maker.make_groups(list(enumerate(TASKS[:8])), SAMPLING))
+    assert time.perf_counter() - start < 0.4 + 0.25
+
+
+def test_a_slow_environment_beside_training_respects_the_bound_on_staleness(rollout):
+    """The seam for asynchronous runs: groups stay in flight while weights move on, and land with their version."""
+    pool = Pool(TASKS, seed=1, max_staleness=1)
+    slow = TASKS[0].messages[0]["content"]
+    maker = rollout(
+        lambda prompt, index: right_answer(prompt) if index else "7",
+        delay=lambda prompt: 0.3 if slow in prompt else 0.01,
+    )
+
+    async def run():
+        learnt, flights = [], {}
+
+        async def fly(group_id, task):
+            maker._admit(pool, group_id, await maker.make_group(group_id, task, SAMPLING))
+
+        for version in range(5):
+            maker.client.version = version
+            while pool.num_in_flight < 4:
+                group_id, task = pool.begin()
+                flights[group_id] = asyncio.create_task(fly(group_id, task))
+            await asyncio.sleep(0.1)  # training and the slow prompt go on side by side
+            learnt += [(version, group[0].weight_version, group[0].task) for group in pool.take(4, version)]
+        await asyncio.gather(*flights.values())
+        return learnt
+
+    learnt = asyncio.run(run())
+    assert len(learnt) >= 12
+    assert all(version - sampled <= 1 for version, sampled, _ in learnt)
+    assert pool.counts["stale"] >= 1

@@ -67,7 +67,16 @@ inline float sum(floats v) {
     return total[0];
 }
 
+// a > b ? a : b and its mirror, lane by lane: b where either is not a number.
+#ifdef __AVX512F__
+inline floats maximum(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
+inline floats minimum(floats a, floats b) { return (floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 inline floats maximum(floats a, floats b) { return a > b ? a : b; }
+inline floats minimum(floats a, floats b) { return a < b ? a : b; }
+#endif
+
+inline floats magnitude(floats x) { return (floats)((ints)x & 0x7fffffff); }
 
 inline float maximum(floats v) {
     float best = v[0];
@@ -77,9 +86,7 @@ inline float maximum(floats v) {
 
 // exp to about one unit in the last place; arguments are held within the range of normal results.
 inline floats exponential(floats x) {
-    const floats lowest = broadcast(-87.0f), highest = broadcast(88.0f);
-    floats held = x < lowest ? lowest : x;
-    held = held > highest ? highest : held;
+    floats held = minimum(broadcast(88.0f), maximum(broadcast(-87.0f), x));  // this order keeps a NaN
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     floats shifted = held * 1.44269504f + magic;
     floats n = shifted - magic;

@@ -406,7 +406,7 @@ struct Workspace {
     Buffer<T> x, heads, gated, shared_gated;
     Buffer<float> wide_x;  // what the router reads
     Buffer<int32_t> experts, order, places, firsts;
-    Buffer<const T*> x_rows, head_rows, gated_rows, shared_gated_rows, expert_rows;
+    Buffer<const T*> x_rows, head_rows, expert_rows;
     std::vector<Task> up_tasks, down_tasks;
 };
 
@@ -450,7 +450,6 @@ class Step {
         w.gated.need(n * s.top_k * gated_padded(s.moe_width));
         point(w.x_rows, w.x.data.get(), n, d);
         point(w.head_rows, w.heads.data.get(), n, s.heads_width());
-        point(w.gated_rows, w.gated.data.get(), n * s.top_k, gated_padded(s.moe_width));
     }
 
     // Layers one after the other; `final_norm` ends in `hidden_out` [N, D].

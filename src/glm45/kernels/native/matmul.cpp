@@ -27,27 +27,33 @@ struct Operand {
     int64_t row_stride, k_stride, rows;
 };
 
-// Packs rows [row, row + 16) as [K][16], zeros past the last one.
+// Packs rows [row, row + 16) as [K][16], zeros past the last one, and returns each row's largest magnitude.
 template <class T>
-void pack(const Operand<T>& x, int64_t row, int64_t K, float* strip) {
+floats pack(const Operand<T>& x, int64_t row, int64_t K, float* strip) {
+    floats largest = {};
+    auto put = [&](int64_t k, floats v) {
+        store(strip + k * LANES, v);
+        largest = maximum(magnitude(v), largest);
+    };
     int64_t count = std::min(LANES, x.rows - row), whole = count == LANES ? K / LANES * LANES : 0;
     const T* from = x.data + row * x.row_stride;
     int64_t k = 0;
     if (x.row_stride == 1 && count == LANES) {
-        for (; k < K; ++k) store(strip + k * LANES, load(from + k * x.k_stride));
+        for (; k < K; ++k) put(k, load(from + k * x.k_stride));
     } else if (x.k_stride == 1) {
         for (; k < whole; k += LANES) {
             floats tile[LANES];
             for (int64_t r = 0; r < LANES; ++r) tile[r] = load(from + r * x.row_stride + k);
             transpose_tile(tile);
-            for (int64_t r = 0; r < LANES; ++r) store(strip + (k + r) * LANES, tile[r]);
+            for (int64_t r = 0; r < LANES; ++r) put(k + r, tile[r]);
         }
     }
     for (; k < K; ++k) {
         float values[LANES] = {};
         for (int64_t r = 0; r < count; ++r) values[r] = widen(from[r * x.row_stride + k * x.k_stride]);
-        std::memcpy(strip + k * LANES, values, sizeof values);
+        put(k, load(values));
     }
+    return largest;
 }
 
 // Where a product goes, and what is added to it.
@@ -137,25 +143,20 @@ typedef _Float16 narrow __attribute__((vector_size(32)));
 typedef _Float16 loose_narrow __attribute__((vector_size(32), aligned(2), may_alias));
 
 // The power of two that brings each lane's largest magnitude into [16, 32), and its inverse.
-inline void choose_scales(const float* strip, int64_t K, floats& scales, float* inverses) {
-    floats best = {};
-    for (int64_t k = 0; k < K; ++k) {
-        floats x = load(strip + k * LANES);
-        best = maximum((floats)((ints)x & 0x7fffffff), best);
-    }
+inline floats choose_scales(floats largest, float* inverses) {
+    floats scales;
     for (int64_t lane = 0; lane < LANES; ++lane) {
         int exponent = 0;
-        if (best[lane] > 0.0f && std::isfinite(best[lane])) std::frexp(best[lane] / LARGEST, &exponent);
+        if (largest[lane] > 0.0f && std::isfinite(largest[lane])) std::frexp(largest[lane] / LARGEST, &exponent);
         exponent = std::max(-120, std::min(120, exponent));
         scales[lane] = std::ldexp(1.0f, -exponent);
         inverses[lane] = std::ldexp(1.0f, exponent);
     }
+    return scales;
 }
 
 // A strip as [K][16] pairs of equal halves: one 32-bit broadcast fills a register with a value.
-inline void halve_rows(const float* strip, int64_t K, uint32_t* out, float* inverses) {
-    floats scales;
-    choose_scales(strip, K, scales, inverses);
+inline void halve_rows(const float* strip, floats scales, int64_t K, uint32_t* out) {
     for (int64_t k = 0; k < K; ++k) {
         narrow half = __builtin_convertvector(load(strip + k * LANES) * scales, narrow);
         words pairs = __builtin_convertvector((halves)half, words);
@@ -165,9 +166,7 @@ inline void halve_rows(const float* strip, int64_t K, uint32_t* out, float* inve
 }
 
 // Two strips side by side as [K][32]; `second` says which half this strip is.
-inline void halve_columns(const float* strip, int64_t K, _Float16* out, int64_t second, float* inverses) {
-    floats scales;
-    choose_scales(strip, K, scales, inverses);
+inline void halve_columns(const float* strip, floats scales, int64_t K, _Float16* out, int64_t second) {
     for (int64_t k = 0; k < K; ++k) {
         narrow half = __builtin_convertvector(load(strip + k * LANES) * scales, narrow);
         *reinterpret_cast<loose_narrow*>(out + k * WIDE + second * LANES) = half;
@@ -215,14 +214,16 @@ void matmul_fp16(const Operand<TA>& A, const Operand<TB>& B, const Target<TC>& C
     for (int64_t start = 0; start < B.rows; start += block) {
         int64_t stop = std::min(start + block, B.rows);
         for (int64_t n = start; n < round_up(stop, WIDE); n += LANES) {
-            if (n < stop) pack(B, n, K, strip.data());
+            floats largest = {};
+            if (n < stop) largest = pack(B, n, K, strip.data());
             else std::fill(strip.begin(), strip.end(), 0.0f);
             int64_t at = n - start;
-            halve_columns(strip.data(), K, &b[at / WIDE * WIDE * K], at / LANES % 2, &column_scales[at]);
+            floats scales = choose_scales(largest, &column_scales[at]);
+            halve_columns(strip.data(), scales, K, &b[at / WIDE * WIDE * K], at / LANES % 2);
         }
         for (int64_t m = 0; m < A.rows; m += LANES) {
-            pack(A, m, K, strip.data());
-            halve_rows(strip.data(), K, a.data(), row_scales);
+            floats scales = choose_scales(pack(A, m, K, strip.data()), row_scales);
+            halve_rows(strip.data(), scales, K, a.data());
             for (int64_t n = start; n < stop; n += pair) {
                 bool both = stop - n > WIDE;
                 for (int64_t half = 0; half < LANES && m + half < A.rows; half += ROWS) {

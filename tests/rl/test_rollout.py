@@ -97,18 +97,19 @@ def test_order_and_seeds_do_not_depend_on_what_finishes_first(rollout):
 
 
 def test_flat_groups_are_dropped_and_replaced_but_not_hidden_from_the_mean(rollout):
-    """Only prompts whose answer ends in an even digit teach anything."""
+    """Only every second prompt teaches anything; the others are always answered rightly."""
+    teaching = [task.messages[0]["content"] for task in TASKS[::2]]
 
     def answer(prompt, index):
-        right = right_answer(prompt)
-        return right if int(right) % 2 or index == 0 else "7"
+        flat = prompt.split("\n")[1].split("<")[0] not in teaching
+        return right_answer(prompt) if flat or index == 0 else "7"
 
     pool = Pool(TASKS, seed=1)
     maker = rollout(answer, RolloutConfig(oversampling=1.0))
     made = asyncio.run(maker.fill(pool, 6, SAMPLING))
     assert pool.num_landed == 6
     assert pool.counts["dropped_uninformative"] == len(made) - 6 > 0
-    assert all(int(group[0].task.answer) % 2 == 0 for group in pool.take(6, 0))
+    assert all(group[0].task in TASKS[::2] for group in pool.take(6, 0))
     record = rollout_metrics(made, 0)
     assert record["reward"] == pytest.approx((6 * 0.25 + (len(made) - 6)) / len(made))
     assert record["informative_share"] == pytest.approx(6 / len(made))

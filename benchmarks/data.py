@@ -1,6 +1,6 @@
 """Tokenizing, packing and loading: speed against named peers, fill, and memory against the size of the corpus.
 
-Ratios are of times measured alternately in one process. Run with `make bench`, or
+Speeds and ratios are of CPU time, measured alternately in one process. Run with `make bench`, or
 
     python benchmarks/data.py [--rounds 5] [--memory 100,1000] [--json FILE]
 
@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def alternate(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every contender in every round, after one round that does not count."""
+    """Return the CPU seconds of every contender in every round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, run in contenders.items():
-            started = time.perf_counter()
+            started = time.process_time()
             run(number)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -242,9 +242,9 @@ def measure_tokenizing(megabytes: int, folder: Path) -> dict[str, float]:
             file.write(json.dumps({"text": text}) + "\n")
     Tokenizer.train(real_texts(2), 8192).save(folder / "tokenizer")
     with Peak() as peak:
-        started = time.perf_counter()
+        started = time.process_time()
         tokenize_folder(documents, folder / "data", vocab_size=8192, workers=1, tokenizer=folder / "tokenizer")
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
     return {"tokenize MB": peak.highest, "MB/s": megabytes / seconds}
 
 

@@ -1,7 +1,6 @@
 """The fast encoder gives what the tokenizer gives, for every text."""
 
 import json
-import sys
 import unicodedata
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm45.corpus import words
 from glm45.corpus.words import WordEncoder
 from glm45.text.special_tokens import SPECIAL_TOKENS
 from glm45.text.tokenizer import SPLIT_PATTERN, Tokenizer
@@ -74,8 +74,19 @@ def test_another_way_of_splitting_goes_through_the_tokenizer(folder, tmp_path):
             assert encode(encoder, text) == encoder.tokenizer.encode(text)
 
 
+def test_a_long_text_is_encoded_in_portions(encoder, monkeypatch):
+    monkeypatch.setattr(words, "LONG", 10)
+    monkeypatch.setattr(words, "WORDS_AT_ONCE", 3)
+    for text in CORPUS:
+        assert encode(encoder, text * 20) == encoder.tokenizer.encode(text * 20)
+
+
 def test_forgetting_words_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(sys.modules["glm45.corpus.words"], "MAX_WORDS", 5)
+    """Also where a long text makes the encoder forget the words of a short one in the same call."""
+    monkeypatch.setattr(words, "MAX_WORDS", 5)
+    monkeypatch.setattr(words, "LONG", 60)
+    monkeypatch.setattr(words, "WORDS_AT_ONCE", 3)
     encoder = WordEncoder(folder, np.dtype(np.uint16))
-    for text in CORPUS * 2:
-        assert encode(encoder, text) == encoder.tokenizer.encode(text)
+    texts = [*CORPUS, "short", "cat", *CORPUS]
+    ids = [np.frombuffer(data, np.uint16).tolist() for data in encoder.encode(texts)]
+    assert ids == [encoder.tokenizer.encode(text) for text in texts]

@@ -43,6 +43,25 @@ def test_bytes_equal_those_of_datatrove(tmp_path, token_size, dtype):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_megatron_reads_our_shards_and_we_read_theirs(tmp_path, dtype):
+    """Runs where megatron-core is installed."""
+    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    builder = theirs.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for document in DOCUMENTS:
+        builder.add_document(torch.tensor(document, dtype=torch.int32), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    write(tmp_path / "ours", DOCUMENTS, dtype)
+    read_by_them, read_by_us = theirs.IndexedDataset(str(tmp_path / "ours")), Shard(tmp_path / "theirs")
+    assert [read_by_them[i].tolist() for i in range(len(read_by_them))] == DOCUMENTS
+    assert [read_by_us[i].tolist() for i in range(len(read_by_us))] == DOCUMENTS
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 65_535), max_size=20), max_size=20))
 def test_documents_come_back(tmp_path_factory, documents):

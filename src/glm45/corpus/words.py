@@ -8,6 +8,7 @@ way, and the rare text with characters beyond U+FFFF, goes through `Tokenizer.en
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from glm45.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
-MAX_WORDS = 1 << 18  # remembered at most: about 40 MB a process
+MAX_WORDS = 1 << 17  # remembered at most: about 30 MB a process
+LONG = 1 << 19  # characters from which on a text is split some words at a time
+WORDS_AT_ONCE = 1 << 15
 PATTERNS = (SPLIT_PATTERN, SPLIT_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))  # ours; GLM-4.5's own
 _CLASSES = re.compile(r"\\p\{L\}|\\p\{N\}|\\[sS]")
 _BEYOND = re.compile("[\ud800-\udfff\U00010000-\U0010ffff]")
@@ -30,30 +33,43 @@ class WordEncoder:
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self.tokenizer, self.dtype = Tokenizer.load(folder), np.dtype(dtype)
         pattern = _split_pattern(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        self._ascii = self._unicode = None
+        self._ascii: re.Pattern[str] | None = None
+        self._unicode: re.Pattern[str] | None = None
         if pattern in PATTERNS:
             self._ascii, self._unicode = (re.compile(_translate(pattern, last)) for last in (0x7F, 0xFFFF))
         self._words: dict[str, bytes] = {}
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Return for each text the bytes of its ids. Raises ValueError for a lone surrogate."""
-        words_of = [self._split(text) for text in texts]
-        self._learn(set().union(*(words for words in words_of if words is not None)))
-        whole = [text for text, words in zip(texts, words_of, strict=True) if words is None]
-        encoded = iter(self.tokenizer.encode_batch(whole)) if whole else iter(())
+        encoded, words_of = [], []
+        for text in texts:
+            pattern = self._pattern(text)
+            in_one_go = pattern is not None and len(text) < LONG
+            words_of.append(pattern.findall(text) if pattern and in_one_go else [])
+            encoded.append(b"" if in_one_go else self._encode_long(text, pattern))
+        self._learn(set().union(*words_of))
         ids_of = self._words.__getitem__
-        return [self.to_bytes(next(encoded)) if words is None else b"".join(map(ids_of, words)) for words in words_of]
+        return [ids or b"".join(map(ids_of, words)) for ids, words in zip(encoded, words_of, strict=True)]
+
+    def _encode_long(self, text: str, pattern: re.Pattern[str] | None) -> bytes:
+        """Encode a text some words at a time, so that memory stays small, or whole where no pattern splits it."""
+        if pattern is None:
+            return self.to_bytes(self.tokenizer.encode(text))
+        found, parts = pattern.finditer(text), []
+        while words := [match.group() for match in islice(found, WORDS_AT_ONCE)]:
+            self._learn(set(words))
+            parts.append(b"".join(map(self._words.__getitem__, words)))
+        return b"".join(parts)
 
     def to_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids in the shard's type."""
         return np.array(ids, dtype=self.dtype).tobytes()
 
-    def _split(self, text: str) -> list[str] | None:
-        if self._ascii is None or self._unicode is None:
-            return None
+    def _pattern(self, text: str) -> re.Pattern[str] | None:
+        """Return what splits this text as the tokenizer does, None where only the tokenizer can."""
         if text.isascii():
-            return self._ascii.findall(text)
-        return None if _BEYOND.search(text) else self._unicode.findall(text)
+            return self._ascii
+        return None if _BEYOND.search(text) else self._unicode
 
     def _learn(self, words: set[str]) -> None:
         missing = sorted(words - self._words.keys())

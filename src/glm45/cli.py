@@ -244,11 +244,62 @@ def _run(options: argparse.Namespace) -> int:
     )
 
 
+def define_rl(parser: argparse.ArgumentParser) -> None:
+    """`glm45 rl pools|run`: how hard prompts are for a policy, and reinforcement learning on tasks."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    pools = actions.add_parser("pools", help="measure pass@k of every task and sort prompts into pools")
+    pools.add_argument("policy", metavar="POLICY", help="checkpoint folder in the hub layout, with its tokenizer")
+    pools.add_argument("tasks", metavar="TASKS", help="JSONL file of tasks")
+    pools.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="such as thresholds.hard_k=128 max_tokens=64")
+    pools.add_argument("--out", required=True, metavar="FILE", help="JSON file to write; an unfinished one goes on")
+    pools.set_defaults(run=_rl_pools)
+    run = actions.add_parser("run", help="train a policy; the same command goes on with a run")
+    run.add_argument("config", metavar="CONFIG", help="JSON file: policy, tasks, held_out and what is not default")
+    run.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="such as loss.lr=1e-4 steps=90")
+    run.add_argument("--run", dest="folder", required=True, metavar="DIR", help="run folder")
+    run.set_defaults(run=_rl_run)
+
+
+def _rl_pools(options: argparse.Namespace) -> None:
+    from glm45.config import override
+    from glm45.rl.pools import PoolsConfig, measure_pools
+
+    config = override(PoolsConfig(policy=options.policy, tasks=options.tasks), options.overrides)
+    print(json.dumps(measure_pools(config, options.out)["counts"]))
+
+
+def _rl_run(options: argparse.Namespace) -> None:
+    from glm45.config import from_dict, override
+    from glm45.rl.config import RLConfig
+    from glm45.rl.driver import run_rl
+
+    config = from_dict(RLConfig, {"name": Path(options.config).stem, **json.loads(Path(options.config).read_text())})
+    print(run_rl(override(config, options.overrides), options.folder))
+
+
+def define_posttrain(parser: argparse.ArgumentParser) -> None:
+    """`glm45 posttrain RECIPE`: cold start, RL, rejection sampling and unification as one resumable run."""
+    parser.add_argument("recipe", help="experts, arithmetic, curriculum, length, temperature or aggregation")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="such as seed=1 steps=30")
+    parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--only", action="append", default=[], metavar="STEP", help="run this step alone (repeatable)")
+    parser.set_defaults(run=_posttrain)
+
+
+def _posttrain(options: argparse.Namespace) -> None:
+    from glm45.recipes.posttraining import run_posttraining
+
+    folder = Path(options.folder or f"runs/{options.recipe}")
+    print(json.dumps(run_posttraining(options.recipe, folder, options.overrides, options.only), indent=1))
+
+
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "data": (define_data, "build a corpus and report on it"),
     "inspect": (define_inspect, "show a model's parameters, operations and cache size"),
     "run": (define_run, "run a whole recipe, from raw text to an evaluated model and its report"),
     "train": (define_train, "pre-train and mid-train a recipe; the same command goes on with a run"),
+    "rl": (define_rl, "measure prompts and train a policy by reinforcement learning"),
+    "posttrain": (define_posttrain, "expert iteration and the RL experiments, each as one resumable run"),
     "export": (define_export, "write a run's weights in the hub layout"),
     "serve": (define_serve, "serve a model: OpenAI-compatible HTTP and a chat page"),
     "chat": (define_chat, "render messages, or parse what a model wrote, to debug templates"),

@@ -24,7 +24,7 @@ class Mixture:
 
     A dataset belongs to the first weight whose pattern it matches. The weight is divided among the datasets of its
     pattern in proportion to their tokens times their repeats, so that `Mixture(repeats={"*.high": 3.2, "*.low": 0})`
-    is the report's quality recipe: everything at its natural rate, the top bucket 3.2 times, the lowest never.
+    is the recipe of report section 2.2: everything at its natural rate, the top bucket 3.2 times, the lowest never.
     """
 
     weights: dict[str, float] = field(default_factory=lambda: {"*": 1.0})

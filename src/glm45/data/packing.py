@@ -1,4 +1,4 @@
-"""Best-fit packing: documents into rows of a fixed capacity, none cut (report section 2, mid-training).
+"""Best-fit packing: documents into rows of a fixed capacity, none cut (report section 2.3, mid-training).
 
 Shapes: N documents.
 """

@@ -148,7 +148,7 @@ class DocumentOrder:
 
 
 class ConcatenatedRows:
-    """Rows cut from the documents laid end to end: what pre-training reads (report section 2, no best-fit packing)."""
+    """Rows cut from the documents laid end to end: for pre-training (report section 2.3: no best-fit packing there)."""
 
     def __init__(self, order: DocumentOrder, cursor: Cursor, sequence_length: int) -> None:
         self._order, self._length, self._pending = order, sequence_length, cursor.pending
@@ -178,7 +178,7 @@ class ConcatenatedRows:
 
 
 class PackedRows:
-    """Rows of whole documents by best-fit packing (report section 2, mid-training).
+    """Rows of whole documents by best-fit packing (report section 2.3, mid-training).
 
     Documents are packed in windows that never cross an epoch, and a window's rows are read in a shuffled order.
     The number of rows of each window is found by packing it, once, when a row at or past it is first asked for.

@@ -1,7 +1,7 @@
 """Document files to a data folder's `tokenizer/` and `shards/`.
 
-A line of a document file is a JSON object with `text`, or with `messages` (and `tools`), which the chat renderer turns
-into tokens. `metadata.special_tokens` lists the special tokens that were put into a text on purpose, such as those of
+A line of a document file is a JSON object with `text`, or with `messages` (and `tools`, `thinking`), which the chat
+renderer turns into tokens. `metadata.special_tokens` lists the special tokens that were put into a text on purpose, such as those of
 fill-in-the-middle; what else spells a special token stays text. Every document ends with `<|endoftext|>`.
 """
 
@@ -146,7 +146,10 @@ def _parts(line: bytes, encoder: WordEncoder) -> list[str | bytes]:
     if not isinstance(document, dict) or not ("text" in document or "messages" in document):
         raise ValueError("neither text nor messages")
     if "messages" in document:
-        rendered = render_tokens(document["messages"], encoder.tokenizer, tools=document.get("tools"))
+        thinking = None if document.get("thinking", True) else False
+        rendered = render_tokens(
+            document["messages"], encoder.tokenizer, tools=document.get("tools") or None, enable_thinking=thinking
+        )
         return [encoder.to_bytes(rendered.ids)]
     text = document["text"]
     if not isinstance(text, str) or not text:

@@ -30,7 +30,7 @@ class ColdStartConfig:
 
 
 def cold_start(domain: str, seed: int, count: int, config: ColdStartConfig) -> Iterator[Conversation]:
-    """Yield `count` worked conversations of a domain ("arithmetic", "tools" or "instructions"); prompts may repeat.
+    """Yield `count` worked conversations of a domain (a name of MAKERS); prompts may repeat.
 
     Raises ValueError for another domain.
     """
@@ -50,6 +50,15 @@ def _arithmetic(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
         careful = source.random() < config.arithmetic.careful_share
         trace = write_trace(problem, careful, full=source.random() < config.arithmetic.full_share)
         yield answered(task, assistant(trace.answer, trace.steps), source="cold start", careful=careful)
+
+
+def _direct_arithmetic(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
+    """Right answers without steps: what the model must know by heart."""
+    source = random.Random(seed)
+    while True:
+        task = arithmetic_task(problem := draw_problem(source, config.arithmetic), thinking=False)
+        if not is_held_out(prompt_text(task)):
+            yield answered(task, assistant(problem.answer), source="cold start")
 
 
 def _tools(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
@@ -93,4 +102,9 @@ def _spoil(calls: list[tuple[str, dict]], source: random.Random) -> list[tuple[s
     return [(name, {**arguments, key: value + 1 if isinstance(value, int) else value[:-1]})]
 
 
-MAKERS = {"arithmetic": _arithmetic, "tools": _tools, "instructions": _instructions}
+MAKERS = {
+    "arithmetic": _arithmetic,
+    "arithmetic-direct": _direct_arithmetic,
+    "tools": _tools,
+    "instructions": _instructions,
+}

@@ -51,9 +51,16 @@ from glm45.training.metrics import read_record
 HELD_OUT_FIGURES = ("held_out_greedy", "held_out_full_cap", "held_out", "held_out_length")
 FAMILIES: dict[str, Callable[[int, int], Iterator[Task]]] = {
     "arithmetic": arithmetic_tasks,
+    "arithmetic-direct": lambda seed, count: direct(arithmetic_tasks(seed, count)),
     "tools": tool_tasks,
     "instructions": instruction_tasks,
 }
+
+
+def direct(tasks: Iterator[Task]) -> Iterator[Task]:
+    """Ask the same without reasoning."""
+    for task in tasks:
+        yield dataclasses.replace(task, task_id=f"direct/{task.task_id}", thinking=False)
 
 
 def adopt_base(context: Context) -> None:
@@ -88,6 +95,7 @@ def tasks(context: Context) -> None:
     if "arithmetic" in config:
         problems = from_dict(ArithmeticConfig, config["arithmetic"])
         families["arithmetic"] = lambda seed, count: arithmetic_tasks(seed, count, problems)
+        families["arithmetic-direct"] = lambda seed, count: direct(arithmetic_tasks(seed, count, problems))
     counts = {}
     for domain in config["domains"]:
         family = families[domain](derive_seed(config["seed"], "tasks", domain), config["num_tasks"])

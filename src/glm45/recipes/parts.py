@@ -14,8 +14,8 @@ TRILLIONS = {
 }
 """Tokens of the report's stages (sections 2.2 and 2.3), 23.1 in all."""
 
-BATCH_WARMUP_TRILLIONS = 0.5
-"""Tokens over which the batch grows to four times its first size (report section 2.4)."""
+BATCH_WARMUP_SHARE = 0.5 / 23.1
+"""Share of all tokens over which the batch grows to four times its first size (report section 2.4)."""
 
 
 def report_stages(
@@ -24,22 +24,25 @@ def report_stages(
     lengths: tuple[int, int, int] = (4096, 32_768, 131_072),
     mixtures: Mapping[str, Mixture] | None = None,
     router_bias_rate: float = 0.001,
+    shares: Mapping[str, float] = TRILLIONS,
 ) -> tuple[Stage, ...]:
     """Return the five stages of the report at its shares of `tokens`, by name those of `TRILLIONS`.
+
+    A recipe that says so may give other `shares`, in any unit.
 
     `lengths` are those of pre-training, of the first two mid-training stages and of the last; `batch_tokens` is a
     multiple of each. As in the report, packing and RoPE base change with the first long stage, MTP weight and router
     bias rate after the first stage, and the batch grows from a quarter over the first 2.2 % of the tokens.
     """
     short, long, longest = lengths
-    scale = tokens / sum(TRILLIONS.values())
+    scale = tokens / sum(shares.values())
     stages = []
     for name, length in zip(TRILLIONS, (short, short, long, long, longest), strict=True):
         first, pretraining = name == "general", length == short
         stages.append(
             Stage(
                 name=name,
-                tokens=max(round(scale * TRILLIONS[name]), batch_tokens),
+                tokens=max(round(scale * shares[name]), batch_tokens),
                 sequence_length=length,
                 batch_tokens=batch_tokens,
                 mixture=(mixtures or {}).get(name, Mixture()),
@@ -48,7 +51,7 @@ def report_stages(
                 mtp_weight=0.3 if first else 0.1,
                 router_bias_rate=router_bias_rate if first else 0.0,
                 batch_warmup_from=batch_tokens // 4 if first else 0,
-                batch_warmup_tokens=round(scale * BATCH_WARMUP_TRILLIONS) if first else 0,
+                batch_warmup_tokens=round(tokens * BATCH_WARMUP_SHARE) if first else 0,
             )
         )
     return tuple(stages)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from glm45.config import from_dict, override
+from glm45.data.folder import update_manifest
 from glm45.pipeline import Context
 
 CHECKPOINT = "model"
@@ -14,7 +16,6 @@ CHECKPOINT = "model"
 
 def build_corpus(context: Context) -> None:
     """Build a corpus: `config["recipe"]` with `config["overrides"]`."""
-    from glm45.config import override
     from glm45.corpus import recipe
     from glm45.corpus.build import build
 
@@ -30,15 +31,40 @@ def build_corpus(context: Context) -> None:
     build(chosen, context.folder, report)
 
 
+def add_conversations(context: Context) -> None:
+    """Make the training data: the corpus, and beside it worked conversations of every domain in `config["domains"]`.
+
+    Mid-training includes instruction data (report section 2.3). The conversations are sound ones, of training prompts.
+    """
+    from glm45.corpus.tokenize import tokenize_folder
+    from glm45.data.folder import MANIFEST
+    from glm45.posttraining.coldstart import ColdStartConfig, cold_start
+    from glm45.posttraining.conversations import write_conversations
+
+    corpus, documents = context.inputs["corpus"], context.folder / "documents"
+    documents.mkdir(exist_ok=True)
+    sound = from_dict(ColdStartConfig, context.config["cold_start"])
+    for domain, count in context.config["domains"].items():
+        made = cold_start(domain, context.config["seed"], count, sound)
+        write_conversations(documents / f"chat-{domain}.sound.jsonl", made)
+    entries = tokenize_folder(documents, context.folder, vocab_size=0, workers=2, tokenizer=corpus / "tokenizer")
+    whole = json.loads((corpus / MANIFEST).read_text())
+    for file in sorted((corpus / "shards").glob("*.*")):
+        if file.suffix in (".bin", ".idx"):
+            link = context.folder / "shards" / file.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("..") / ".." / "corpus" / "shards" / file.name)
+    update_manifest(context.folder, {**whole, "datasets": {**whole["datasets"], **entries["datasets"]}})
+
+
 def pretrain(context: Context) -> None:
-    """Pre-train and mid-train `config["recipe"]` on the corpus, then export the last checkpoint."""
-    from glm45.config import override
+    """Pre-train and mid-train `config["recipe"]` on the data, then export the last checkpoint."""
     from glm45.recipes.catalogue import training_recipe
     from glm45.training.command import export, run_training
     from glm45.training.run import Run
     from glm45.training.schedule import Plan
 
-    overrides = [f"data={context.inputs['corpus']}", *context.config.get("overrides", [])]
+    overrides = [f"data={context.inputs['data']}", *context.config.get("overrides", [])]
     name = context.config["recipe"]
     config = override(training_recipe(name), overrides)
     run = Run.open(context.folder, config)
@@ -53,7 +79,6 @@ def pretrain(context: Context) -> None:
 
 def evaluate(context: Context) -> None:
     """Evaluate every input that holds a checkpoint on `config["suites"]`; results go to `MODEL/SUITE/`."""
-    from glm45.config import from_dict
     from glm45.evaluation.runner import run_suite
     from glm45.evaluation.suites import SuiteOptions, build_suite
     from glm45.evaluation.targets import LocalTarget

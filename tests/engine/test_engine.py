@@ -9,10 +9,12 @@ import torch
 
 from glm45.engine.engine import Engine, EngineConfig
 from glm45.engine.request import SamplingParams
+from glm45.kernels import decode
 from glm45.model.config import preset
 from glm45.model.transformer import Glm45
 
-BACKENDS = ["model"]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not decode.is_available(False), reason="no native kernels"))
+BACKENDS = ["model", NATIVE]
 TIGHT = {"cache_tokens": 160, "max_num_batched_tokens": 20, "max_num_seqs": 5}
 """Ten blocks and small chunks: requests are chunked, preempted and computed again."""
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from glm45.config import configuration
+from glm45.engine import native
 from glm45.engine.backend import Backend, ModelBackend
 from glm45.engine.blocks import BlockManager
 from glm45.engine.core import Core, Job, Result
@@ -385,7 +386,7 @@ def _build_core(model: Glm45, config: EngineConfig, max_length: int) -> Core:
     if config.num_drafts and model.mtp is None:
         raise ValueError(f"num_drafts is {config.num_drafts}, but this model has no MTP layer: set it to 0")
     num_blocks = max(1, config.cache_tokens // config.block_size)
-    backend: Backend = ModelBackend(model, num_blocks, config.block_size)
+    backend = _build_backend(model, config, num_blocks, max_length)
     drafter = None
     if config.num_drafts:
         sizes = {"num_blocks": num_blocks, "block_size": config.block_size, "hidden_size": model.config.hidden_size}
@@ -397,6 +398,13 @@ def _build_core(model: Glm45, config: EngineConfig, max_length: int) -> Core:
         lookahead=config.num_drafts,
     )
     return Core(scheduler, Runner(backend, drafter), max_length)
+
+
+def _build_backend(model: Glm45, config: EngineConfig, num_blocks: int, max_length: int) -> Backend:
+    if config.backend == "native" or (config.backend == "auto" and native.why_not(model, config.block_size) is None):
+        num_threads = config.num_threads or torch.get_num_threads()
+        return native.NativeBackend(model, num_blocks, config.block_size, num_threads, max_length)
+    return ModelBackend(model, num_blocks, config.block_size)
 
 
 def _run_all(calls: list[Callable[[], None]]) -> None:

@@ -97,6 +97,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(trained, tmp_path, monkeypatc
 
     monkeypatch.setattr("glm45.training.checkpoint.dcp.save", full)
     checkpoints.save(2, training_tensors(trained[0], []), {})
-    with pytest.raises(OSError, match="No space left on device.*earlier checkpoints are intact"):
+    with pytest.raises(OSError, match=r"No space left on device.*earlier checkpoints are intact"):
         checkpoints.wait()
     assert checkpoints.newest() == (1, [])

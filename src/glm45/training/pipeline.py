@@ -132,11 +132,11 @@ class Pipeline:
         """
         num_rows = len(batch.tokens_BT)
         count, rest = divmod(num_rows, rows)
-        if rest or count < self.num_parts or count % self.layout.pipeline:
+        if rest or not count or count % self.layout.pipeline:
             raise ValueError(
                 f"{num_rows} rows in micro-batches of {rows} for a pipeline of {self.num_parts} parts on "
                 f"{self.layout.pipeline} ranks: set micro_batch_tokens and batch_tokens so that every rank has a whole "
-                f"multiple of {self.layout.pipeline} micro-batches, at least {self.num_parts}"
+                f"multiple of {self.layout.pipeline} micro-batches"
             )
         for part in self.parts:
             part.shares, part.configure = [], (counts, mtp_weight, balance_weight, recompute)

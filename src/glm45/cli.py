@@ -293,6 +293,22 @@ def _posttrain(options: argparse.Namespace) -> None:
     print(json.dumps(run_posttraining(options.recipe, folder, options.overrides, options.only), indent=1))
 
 
+def define_eval(parser: argparse.ArgumentParser) -> None:
+    """`glm45 eval MODEL_OR_URL --suite NAME`: scores with intervals; every answer is kept."""
+    parser.add_argument("model", help="a checkpoint or run folder, or the URL of an OpenAI-style endpoint")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="num_tasks=, seed=, max_tokens=, ...")
+    parser.add_argument("--suite", nargs="+", required=True, metavar="NAME", help="suites; an unknown name lists them")
+    parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of transcripts and results")
+    parser.add_argument("--model", dest="served_name", metavar="NAME", help="the model's name at the endpoint")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from glm45.evaluation.command import evaluate
+
+    evaluate(options.model, options.suite, Path(options.out), options.overrides, options.served_name)
+
+
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "data": (define_data, "build a corpus and report on it"),
     "inspect": (define_inspect, "show a model's parameters, operations and cache size"),
@@ -300,6 +316,7 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "train": (define_train, "pre-train and mid-train a recipe; the same command goes on with a run"),
     "rl": (define_rl, "measure prompts and train a policy by reinforcement learning"),
     "posttrain": (define_posttrain, "expert iteration and the RL experiments, each as one resumable run"),
+    "eval": (define_eval, "score a model or an endpoint on suites of tasks"),
     "export": (define_export, "write a run's weights in the hub layout"),
     "serve": (define_serve, "serve a model: OpenAI-compatible HTTP and a chat page"),
     "chat": (define_chat, "render messages, or parse what a model wrote, to debug templates"),

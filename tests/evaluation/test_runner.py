@@ -1,7 +1,6 @@
 """Suites are judged rightly, resume where they were, and say how sure their figures are."""
 
 import json
-from math import comb
 
 import pytest
 
@@ -10,7 +9,7 @@ from glm45.environments.protocol import Task, assistant, user
 from glm45.environments.tasks import prompt_text
 from glm45.environments.tools import tool_call
 from glm45.evaluation.runner import TRANSCRIPTS, Suite, SuiteSettings, run_suite
-from glm45.evaluation.statistics import bootstrap, pass_at_k
+from glm45.evaluation.statistics import bootstrap
 from glm45.evaluation.suites import SUITES, SuiteOptions, build_suite
 from glm45.evaluation.targets import Answer, Sampling
 
@@ -108,15 +107,6 @@ def test_empty_and_ambiguous_suites_are_refused(tmp_path):
         run_suite(Scripted(gold), Suite("x", sums(1) * 2, SuiteSettings()), tmp_path)
     with pytest.raises(ValueError, match="no suite 'y'"):
         build_suite("y", SuiteOptions())
-
-
-def test_pass_at_k_equals_its_definition():
-    for n in (1, 5, 16):
-        for c in range(n + 1):
-            for k in range(1, n + 1):
-                assert pass_at_k(n, c, k) == pytest.approx(1 - comb(n - c, k) / comb(n, k))
-    with pytest.raises(ValueError, match="pass@3"):
-        pass_at_k(2, 1, 3)
 
 
 def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():

@@ -13,8 +13,9 @@ from typing import Any
 from glm45.config import configuration, to_dict
 from glm45.environments.protocol import Failure, Reward, Task
 from glm45.environments.verify import RewardConfig, RewardWorkers
-from glm45.evaluation.statistics import Estimate, bootstrap, pass_at_k
+from glm45.evaluation.statistics import Estimate, bootstrap
 from glm45.evaluation.targets import Answer, Sampling, Target
+from glm45.rl.curriculum import pass_at_k
 from glm45.seeds import derive_seed
 
 TRANSCRIPTS = "transcripts.jsonl"

@@ -28,17 +28,3 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> 
     picks = np.random.default_rng(seed).integers(0, len(data), size=(resamples, len(data)))
     low, high = np.quantile(data[picks].mean(axis=1), [0.025, 0.975])
     return Estimate(float(data.mean()), float(low), float(high), len(data))
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Return the unbiased probability that one of `k` samples is right, from `num_correct` of `num_samples`.
-
-    `1 - C(n - c, k) / C(n, k)` (Chen et al., 2107.03374), as a product that cannot overflow. Raises ValueError unless
-    `1 <= k <= num_samples`.
-    """
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@{k} needs at least {k} samples, there are {num_samples}")
-    if num_samples - num_correct < k:
-        return 1.0
-    remaining = np.arange(num_samples - num_correct + 1, num_samples + 1)
-    return float(1.0 - np.prod(1.0 - k / remaining))

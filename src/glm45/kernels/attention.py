@@ -3,6 +3,9 @@
 B batch, T tokens, H query heads, K key/value heads (H a multiple of K), D head size.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from glm45.kernels import native
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -26,6 +31,8 @@ def attention(
     """
     if native.supports(q_BTHD, k_BTKD, v_BTKD) and q_BTHD.shape[-1] % 16 == 0:
         return _NativeAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
+    if q_BTHD.is_cuda and document_ids_BT is not None and q_BTHD.dtype in HALVES and varlen_attention():
+        return _varlen_attention(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
     return _attention_reference(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
 
 
@@ -53,6 +60,41 @@ def _attention_reference(
         enable_gqa=True,
     )
     return o_BHTD.transpose(1, 2)
+
+
+@functools.cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """Return torch's attention over packed sequences (GPU only), or None where this torch has none that fits."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    needed = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if needed <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def _varlen_attention(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, scale: float, document_ids_BT: torch.Tensor
+) -> torch.Tensor:
+    """Attend within each document as one sequence of a ragged batch: no mask, and no work across documents."""
+    attend = varlen_attention()
+    assert attend is not None
+    batch, tokens = document_ids_BT.shape
+    starts_N = document_starts(document_ids_BT)
+    flat = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTKD, v_BTKD))
+    out_ND = attend(*flat, starts_N, starts_N, tokens, tokens, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    return out_ND.view(batch, tokens, *q_BTHD.shape[2:])
+
+
+def document_starts(document_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return where each document begins in the flattened batch, and where the last one ends, `[documents + 1]` int32.
+
+    A new row begins a new document, whatever its number.
+    """
+    first_BT = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    first_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    starts_N = first_BT.flatten().nonzero().flatten()
+    return torch.cat([starts_N, starts_N.new_tensor([document_ids_BT.numel()])]).int()
 
 
 class _NativeAttention(torch.autograd.Function):

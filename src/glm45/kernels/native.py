@@ -68,10 +68,9 @@ def status() -> Status:
 def supports(*tensors: torch.Tensor | None) -> bool:
     """Say whether native kernels take these tensors: plain ones on CPU, fp32 or bf16, all of one dtype.
 
-    Not a distributed or a fake tensor, whose memory is not its own, and not while `torch.compile` or a dispatch mode
-    (a counter of operations, say) watches, which would not see the work.
+    Not a distributed or a fake tensor, whose memory is not its own, and not while somebody watches.
     """
-    if is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+    if watched():
         return False
     present = [tensor for tensor in tensors if tensor is not None]
     dtype = present[0].dtype
@@ -79,6 +78,11 @@ def supports(*tensors: torch.Tensor | None) -> bool:
         if type(tensor) not in PLAIN or tensor.device.type != "cpu" or tensor.dtype != dtype:
             return False
     return dtype in DTYPES and library() is not None
+
+
+def watched() -> bool:
+    """Say whether `torch.compile` traces or a dispatch mode (a counter of operations, say) follows what torch does."""
+    return is_in_torch_dispatch_mode() or torch.compiler.is_compiling()
 
 
 def has(probe: str) -> bool:

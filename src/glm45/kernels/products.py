@@ -102,28 +102,36 @@ def bf16_unit() -> str:
         raise ValueError(f"GLM45_PRODUCTS={chosen!r} is none of {', '.join(UNITS)}")
     if chosen or native.library() is None:
         return chosen or "torch"
-    rates = bf16_rates()
-    return max(rates, key=rates.__getitem__)
+    measured = rates()
+    return max((unit for unit in UNITS if unit in measured), key=measured.__getitem__)
 
 
-def bf16_rates() -> dict[str, float]:
-    """Return operations a second of each unit that is here, as measured on this machine when it was first asked."""
+def rates() -> dict[str, float]:
+    """Return operations a second of each unit that is here, and of torch in fp32, as measured on this machine once.
+
+    There must be a native library: the measurement is kept beside it.
+    """
     path = native.cached_file("products.json")
     try:
-        return {str(unit): float(rate) for unit, rate in json.loads(path.read_text()).items() if unit in UNITS}
+        measured = {str(unit): float(rate) for unit, rate in json.loads(path.read_text()).items()}
+        if {"torch fp32", "torch"} <= set(measured):
+            return measured
     except (OSError, ValueError, AttributeError):
-        rates = _measure()
+        pass  # not measured yet, or not by this version
+    measured = _measure()
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as partial:
-        json.dump(rates, partial)
+        json.dump(measured, partial)
     os.replace(partial.name, path)
-    return rates
+    return measured
 
 
 def _measure() -> dict[str, float]:
     rows, terms, columns = PROBE_SIZES
     a_MK, weight_NK = torch.ones(rows, terms).bfloat16(), torch.ones(columns, terms).bfloat16()
     out_MN = a_MK.new_empty(rows, columns)
+    wide_MK, wide_KN, wide_MN = a_MK.float(), weight_NK.T.float(), out_MN.float()
     steps: dict[str, Callable[[], Any]] = {
+        "torch fp32": lambda: torch.mm(wide_MK, wide_KN, out=wide_MN),
         "torch": lambda: torch.mm(a_MK, weight_NK.T, out=out_MN),
         "fp32": lambda: _native_product(a_MK, weight_NK.T, out_MN, None, add=False, fp16=False),
     }

@@ -46,7 +46,7 @@ def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print
         manifest_path.unlink(missing_ok=True)
         fetched = fetch(recipe, downloads, report)
         corpus.chain.run(recipe.executor, report)
-        entries = _tokenize(recipe, out, corpus.folders["finish"] / "documents", report)
+        entries = _tokenize(recipe, out, corpus.documents, report)
         described = describe(recipe, corpus, fetched)
         seconds = round(time.monotonic() - started, 1)
         _write_manifest(manifest_path, {"key": key, "seconds": seconds} | described | entries)
@@ -71,14 +71,11 @@ def fetch(recipe: CorpusRecipe, downloads: Path, report: Callable[[str], None]) 
 
 def describe(recipe: CorpusRecipe, corpus: CorpusChain, fetched: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest's account: recipe, versions, units, and what went in and out of every step and why."""
-    plan = next(iter(corpus.chain.work.glob(f"plan-{corpus.chain.root_key}.json")))
-    units = [unit for task in load_plan(plan) for unit in task]
+    units = [unit for task in load_plan(corpus.plan) for unit in task]
     steps = []
-    for name, folder in corpus.folders.items():
-        drops = merge_drops(folder / "skipped") | merge_drops(folder / "drops")
-        steps.append(
-            {"step": name, "in": merge_tallies(folder / "in"), "out": merge_tallies(folder / "out"), "dropped": drops}
-        )
+    for account in corpus.accounts:
+        dropped = {reason: entry for folder in account.drops for reason, entry in merge_drops(folder).items()}
+        steps.append({"step": account.name, "out": merge_tallies(account.out), "dropped": dropped})
     return {
         "glm45": __version__,
         "recipe": to_dict(recipe),
@@ -88,7 +85,11 @@ def describe(recipe: CorpusRecipe, corpus: CorpusChain, fetched: dict[str, Any])
             {"source": unit.source, "package": unit.package, "version": unit.version, "license": unit.license}
             for unit in sorted(units, key=lambda unit: (unit.source, unit.package))
         ],
+        "documents": os.path.relpath(corpus.documents, corpus.chain.work.parent),
         "steps": steps,
+        "scorers": json.loads(corpus.metrics.read_text()),
+        "thresholds": json.loads(corpus.thresholds.read_text()),
+        "mixture": {"repeats": {f"*.{recipe.quality.buckets[-1]}": recipe.quality.top_repeats}},
     }
 
 
@@ -96,8 +97,7 @@ def _tokenize(recipe: CorpusRecipe, out: Path, documents: Path, report: Callable
     """Tokenize into a folder beside the final one and move the result into place."""
     from glm45.corpus.tokenize import tokenize_folder
 
-    staging = out / "tokens.part"
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = out / "tokens.part"  # kept when a build is killed: the datasets in it that are finished are not redone
     started = time.monotonic()
     tokenizer = Path(recipe.tokenizer).expanduser() if recipe.tokenizer else None
     workers = recipe.executor.workers

@@ -8,11 +8,13 @@ Shapes: W words, S shingles, H hashes.
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import xxhash
-from datatrove.data import Document
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
     ExactDedupFilter,
     ExactDedupSignature,
@@ -27,10 +29,13 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.utils.typeshelper import Languages
 
 from glm45.config import configuration
-from glm45.corpus.document import WORDS, DropLog
+from glm45.corpus.document import FOUND_KINDS, WORDS, DropLog
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\d+")
+_TOKEN = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\d+(?:[.,]\d+)?"
+)
+_ACCENT = re.compile(r"[\u0300-\u036f]")
 MAX_CACHED_WORDS = 500_000
 
 
@@ -86,9 +91,27 @@ def exact_filter(duplicates: Path, drops: Path) -> ExactDedupFilter:
     return ExactDedupFilter(str(duplicates), EXACT, DropLog(drops, "exact duplicate"))
 
 
-def minhash_signature(folder: Path, config: MinHash) -> "FastMinhashSignature":
-    """Write MinHash signatures of a task's documents; ends a pipeline."""
-    return FastMinhashSignature(str(folder), config.to_datatrove(), language=WORDS)
+def minhash_signature(folder: Path, config: MinHash) -> list[PipelineStep]:
+    """Write MinHash signatures of a task's found documents; ends a pipeline."""
+    return [HideMadeDocuments(), FastMinhashSignature(str(folder), config.to_datatrove(), language=WORDS)]
+
+
+class HideMadeDocuments(PipelineStep):
+    """Passes made documents on without their text, which leaves them without a signature.
+
+    Worked exercises differ in their numbers, which MinHash does not look at: all but a handful would go.
+    """
+
+    type = "🫂 - DEDUP"
+    name = "made documents"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Keep every document's place, so that numbers still mean the same documents."""
+        for document in data or ():
+            if document.metadata["kind"] in FOUND_KINDS:
+                yield document
+            else:
+                yield Document("", document.id, metadata=document.metadata)
 
 
 def minhash_buckets(signatures: Path, pairs: Path, config: MinHash) -> MinhashDedupBuckets:
@@ -119,7 +142,7 @@ class FastMinhashSignature(MinhashDedupSignature):
     def get_shingles(self, text: str) -> np.ndarray:
         """Return the distinct hashed n-grams of a text, uint64 [S]."""
         if not text.isascii():
-            text = unicodedata.normalize("NFKD", text)
+            text = _ACCENT.sub("", unicodedata.normalize("NFD", text))
         words_W = self._word_hashes(_TOKEN.findall(text.lower()))
         num_shingles = len(words_W) - self.config.n_grams + 1
         if num_shingles < 1:
@@ -136,7 +159,7 @@ class FastMinhashSignature(MinhashDedupSignature):
             self._cache.clear()
         cache = self._cache
         for word in set(words) - cache.keys():
-            cache[word] = xxhash.xxh64_intdigest(b"0" if word.isdigit() else word.encode())
+            cache[word] = xxhash.xxh64_intdigest(b"0" if word[0].isdigit() else word.encode())
         return np.fromiter((cache[word] for word in words), dtype=np.uint64, count=len(words))
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:

@@ -4,8 +4,8 @@ A document is datatrove's `Document`: `text`, a stable `id` (`source/package/pat
 Between steps documents lie in `NNNNN.jsonl.zst`, one file a task.
 
     source    name of the recipe's source that gave it
-    kind      "prose", "web" or "code": which rules and which quality scorer apply; "context" and "reasoning" are
-              made by us and are not scored
+    kind      "prose", "web" or "code": which rules and which quality scorer apply; "repository", "reasoning" and
+              "chat" are made, not found, and are neither held to the rules nor scored
     language  ISO 639-1 code of prose, programming language of code
     license, package, version, path   where the text comes from
     special_tokens                    special tokens that were put into `text` on purpose and must be read as such
@@ -25,7 +25,7 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-KINDS = ("prose", "web", "code")
+FOUND_KINDS = ("prose", "web", "code")
 NUM_EXAMPLES = 5  # dropped documents shown in the manifest for each reason
 
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana and Han: written without spaces
@@ -72,13 +72,26 @@ def reader(folder: Path) -> JsonlReader:
     return JsonlReader(str(folder), compression="zstd", add_file_path=False, glob_pattern="*.jsonl.zst")
 
 
-def writer(folder: Path, filename: str = "${rank}.jsonl") -> JsonlWriter:
+def writer(folder: Path) -> JsonlWriter:
     """Write documents to `folder`, one zstd-compressed JSONL file a task."""
-    return JsonlWriter(str(folder), filename, compression="zstd", adapter=_without_media)
+    return JsonlWriter(str(folder), "${rank}.jsonl", compression="zstd", adapter=_without_media)
+
+
+def dataset_writer(folder: Path) -> JsonlWriter:
+    """Write documents to `folder`, one file for each dataset and task: `<dataset>-NNNNN.jsonl.zst`."""
+    return JsonlWriter(str(folder), "${dataset}-${rank}.jsonl", compression="zstd", adapter=_final_record)
 
 
 def _without_media(_: JsonlWriter, document: Document) -> dict[str, Any]:
     return {"text": document.text, "id": document.id, "metadata": document.metadata}
+
+
+def _final_record(_: JsonlWriter, document: Document) -> dict[str, Any]:
+    """What the tokenizing step reads: conversations as `messages`, everything else as `text`."""
+    metadata = dict(document.metadata)
+    messages, tools = metadata.pop("messages", None), metadata.pop("tools", None)
+    body = {"text": document.text} if messages is None else {"messages": messages, "tools": tools}
+    return body | {"id": document.id, "metadata": metadata}
 
 
 class TaskReader(PipelineStep):

@@ -10,6 +10,8 @@ import re
 import tokenize
 from pathlib import PurePosixPath
 
+from glm45.corpus.sources import UNREADABLE
+
 CODE_LANGUAGES = {
     ".py": "python",
     ".pyi": "python",
@@ -82,7 +84,7 @@ def decode(content: bytes, path: str) -> str:
 
     Raises Skip for binary content, an empty file and bytes that are none of these: a guess would train on mojibake.
     """
-    if content.startswith(b"\0unreadable"):
+    if content == UNREADABLE:
         raise Skip("unreadable file")
     if not content.strip():
         raise Skip("empty file")

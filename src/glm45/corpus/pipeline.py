@@ -9,53 +9,118 @@ from datatrove.pipeline.base import PipelineStep
 
 from glm45.config import to_dict
 from glm45.corpus import dedup
-from glm45.corpus.document import DropLog, Tally, TaskReader, writer
+from glm45.corpus.decontaminate import Decontaminate
+from glm45.corpus.document import DropLog, Tally, TaskReader, dataset_writer, writer
+from glm45.corpus.fim import FillInTheMiddleStep
+from glm45.corpus.quality import AssignBuckets, Score, TrainScorers
 from glm45.corpus.read import Plan, ReadUnits
 from glm45.corpus.recipe import CorpusRecipe
+from glm45.corpus.repositories import RepositoryContexts
 from glm45.corpus.rules import RuleFilter
+from glm45.corpus.semantic import Embed, FindSemanticDuplicates, FitEmbedder, RemoveSemanticDuplicates
 from glm45.corpus.steps import Chain
 from glm45.data.splits import is_held_out
 
 
 @dataclass(frozen=True)
+class Account:
+    """Where a step left its counts: what came out, and what was dropped and why."""
+
+    name: str
+    out: Path
+    drops: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class CorpusChain:
-    """The chain, and the folder of every step that leaves something for the manifest, in order."""
+    """The chain, and where its results and accounts lie."""
 
     chain: Chain
-    folders: dict[str, Path]
+    plan: Path
+    documents: Path
+    metrics: Path
+    thresholds: Path
+    accounts: tuple[Account, ...]
 
 
 def corpus_chain(recipe: CorpusRecipe, work: Path, downloads: Path) -> CorpusChain:
     """Return the steps of a recipe. Pure: nothing is read or written before the chain runs."""
-    chain = Chain(work, [to_dict(recipe)["sources"], recipe.seed])
-    tasks, hashing = recipe.num_tasks, recipe.minhash
+    chain = Chain(work, [to_dict(recipe)["sources"], to_dict(recipe.repositories), recipe.seed])
     plan = work / f"plan-{chain.key}.json"
-    chain.add("plan", 1, lambda folder: [Plan(recipe.sources, downloads, tasks, plan)])
-    read = chain.add(
-        "read",
-        tasks,
+    read = _add_reading(chain, recipe, downloads, plan)
+    exact, unique = _add_deduplication(chain, recipe, read)
+    fitted, scored = _add_scoring(chain, recipe, unique)
+    lists = chain.add(
+        "semdedup",
+        1,
         lambda folder: [
-            ReadUnits(recipe.sources, plan, folder / "skipped", recipe.seed),
+            FindSemanticDuplicates(
+                scored / "embeddings", recipe.num_tasks, recipe.semdedup, recipe.quality, folder, recipe.seed
+            )
+        ],
+        [to_dict(recipe.semdedup), to_dict(recipe.quality)],
+    )
+    finish = chain.add(
+        "finish",
+        recipe.num_tasks,
+        lambda folder: [
+            TaskReader(scored / "documents"),
+            RemoveSemanticDuplicates(lists, folder / "semantic"),
+            Tally(folder / "unique"),
+            AssignBuckets(lists / "thresholds.json", recipe.quality, folder / "low"),
+            AssignDataset(recipe.held_out_fraction, recipe.long_characters),
+            RepositoryContexts(recipe.repositories),
+            AssignDataset(recipe.held_out_fraction, recipe.long_characters),
+            Tally(folder / "out"),
+            FillInTheMiddleStep(recipe.fill_in_the_middle, recipe.seed),
+            dataset_writer(folder / "documents"),
+        ],
+        [recipe.held_out_fraction, recipe.long_characters, to_dict(recipe.fill_in_the_middle)],
+    )
+    accounts = (
+        Account("read", read / "in", (read / "skipped",)),
+        Account("rules", read / "out", (read / "drops",)),
+        Account("exact duplicates", exact / "out", (exact / "drops",)),
+        Account("MinHash", unique / "near-out", (unique / "near",)),
+        Account("decontamination", unique / "out", (unique / "contaminated",)),
+        Account("SemDedup", finish / "unique", (finish / "semantic",)),
+        Account("buckets and contexts", finish / "out", (finish / "low",)),
+    )
+    return CorpusChain(chain, plan, finish / "documents", fitted / "metrics.json", lists / "thresholds.json", accounts)
+
+
+def _add_reading(chain: Chain, recipe: CorpusRecipe, downloads: Path, plan: Path) -> Path:
+    chain.add("plan", 1, lambda folder: [Plan(recipe.sources, downloads, recipe.num_tasks, plan)], recipe.num_tasks)
+    return chain.add(
+        "read",
+        recipe.num_tasks,
+        lambda folder: [
+            ReadUnits(recipe.sources, plan, folder / "skipped", recipe.repositories, recipe.seed),
             Tally(folder / "in"),
             RuleFilter(recipe.rules, DropLog(folder / "drops")),
             Tally(folder / "out"),
             writer(folder / "documents"),
             dedup.exact_signature(folder / "signatures"),
         ],
-        recipe.rules,
+        to_dict(recipe.rules),
     )
-    pairs = chain.add("exact-find", 1, lambda folder: [dedup.exact_find(read / "signatures", folder / "duplicates")])
+
+
+def _add_deduplication(chain: Chain, recipe: CorpusRecipe, read: Path) -> tuple[Path, Path]:
+    """Exact duplicates, then MinHash and decontamination; returns the folders of what each leaves."""
+    hashing = recipe.minhash
+    found = chain.add("exact-find", 1, lambda folder: [dedup.exact_find(read / "signatures", folder / "duplicates")])
     exact = chain.add(
         "exact",
-        tasks,
+        recipe.num_tasks,
         lambda folder: [
             TaskReader(read / "documents"),
-            dedup.exact_filter(pairs / "duplicates", folder / "drops"),
+            dedup.exact_filter(found / "duplicates", folder / "drops"),
             Tally(folder / "out"),
             writer(folder / "documents"),
-            dedup.minhash_signature(folder / "signatures", hashing),
+            *dedup.minhash_signature(folder / "signatures", hashing),
         ],
-        hashing,
+        to_dict(hashing),
     )
     bands = chain.add(
         "minhash-pairs",
@@ -65,37 +130,71 @@ def corpus_chain(recipe: CorpusRecipe, work: Path, downloads: Path) -> CorpusCha
     clusters = chain.add(
         "minhash-cluster", 1, lambda folder: [dedup.minhash_cluster(bands / "pairs", folder / "remove", hashing)]
     )
-    finish = chain.add(
-        "finish",
-        tasks,
+    unique = chain.add(
+        "unique",
+        recipe.num_tasks,
         lambda folder: [
             TaskReader(exact / "documents"),
-            dedup.minhash_filter(clusters / "remove", folder / "drops"),
-            AssignDataset(recipe.held_out_fraction),
+            dedup.minhash_filter(clusters / "remove", folder / "near"),
+            Tally(folder / "near-out"),
+            Decontaminate(recipe.decontamination, folder / "contaminated"),
             Tally(folder / "out"),
-            writer(folder / "documents", "${dataset}/${rank}.jsonl"),
+            writer(folder / "documents"),
         ],
-        recipe.held_out_fraction,
+        to_dict(recipe.decontamination),
     )
-    return CorpusChain(chain, {"read": read, "exact": exact, "finish": finish})
+    return exact, unique
+
+
+def _add_scoring(chain: Chain, recipe: CorpusRecipe, unique: Path) -> tuple[Path, Path]:
+    """Scorers and embedder are fitted, then applied; returns the folders of models and of scored documents."""
+    documents, tasks = unique / "documents", recipe.num_tasks
+    fitted = chain.add(
+        "fit",
+        2,
+        lambda folder: [
+            TrainScorers(documents, tasks, recipe.quality, folder, recipe.seed),
+            FitEmbedder(documents, tasks, recipe.semdedup, folder, recipe.seed),
+        ],
+        [to_dict(recipe.quality), to_dict(recipe.semdedup)],
+    )
+    scored = chain.add(
+        "scored",
+        tasks,
+        lambda folder: [
+            TaskReader(documents),
+            Score(fitted),
+            Embed(fitted, recipe.semdedup, folder / "embeddings"),
+            writer(folder / "documents"),
+        ],
+    )
+    return fitted, scored
 
 
 class AssignDataset(PipelineStep):
-    """Says which dataset a document goes to: `<source>.<bucket>`, or `<source>.heldout` by the hash of its id."""
+    """Says which dataset a document goes to: `<source>-<kind>.<bucket>`, or `.heldout` by hash.
+
+    Web pages that speak of code are of kind `codeweb`, and documents of at least `long_characters` get `-long` before
+    the bucket, so that a mixture can up-sample them.
+    """
 
     type = "🗂 - SORT"
     name = "dataset"
 
-    def __init__(self, held_out_fraction: float) -> None:
+    def __init__(self, held_out_fraction: float, long_characters: int) -> None:
         super().__init__()
-        self.held_out_fraction = held_out_fraction
+        self.held_out_fraction, self.long_characters = held_out_fraction, long_characters
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Set `bucket` and `dataset` of every document."""
         for document in data or ():
             metadata = document.metadata
             prompt = metadata.get("prompt", document.id)
-            held_out = is_held_out(prompt, self.held_out_fraction)
-            metadata["bucket"] = "heldout" if held_out else metadata.get("bucket", "medium")
-            metadata["dataset"] = f"{metadata['source']}.{metadata['bucket']}"
+            if metadata["kind"] != "repository" and is_held_out(prompt, self.held_out_fraction):
+                metadata["bucket"] = "heldout"
+            kind = "codeweb" if metadata["kind"] == "web" and metadata.get("code_related") else metadata["kind"]
+            long = "-long" if "quality" in metadata and len(document.text) >= self.long_characters else ""
+            if metadata["bucket"] == "heldout":
+                kind, long = metadata["kind"], ""
+            metadata["dataset"] = f"{metadata['source']}-{kind}{long}.{metadata['bucket']}"
             yield document

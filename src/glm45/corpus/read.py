@@ -7,15 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow.parquet
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers import HuggingFaceDatasetReader, JsonlReader, ParquetReader
 
 from glm45.corpus.document import DropLog
 from glm45.corpus.extract import Skip, extract
+from glm45.corpus.repositories import Repositories, release_documents
 from glm45.corpus.sources import Source, Unit, list_units, read_unit, share_out
 
-CODE_FENCE = re.compile(r"^```", re.MULTILINE)
+CODE_BLOCK = re.compile(
+    r"^```|^\s*>>> |^\s*\.\. (?:code|code-block|sourcecode|literalinclude)::|::\n\n[ \t]+\S", re.MULTILINE
+)
 
 
 class Plan(PipelineStep):
@@ -48,20 +52,24 @@ class ReadUnits(PipelineStep):
     type = "📖 - READER"
     name = "sources"
 
-    def __init__(self, sources: tuple[Source, ...], plan: Path, drops: Path, seed: int) -> None:
+    def __init__(
+        self, sources: tuple[Source, ...], plan: Path, drops: Path, repositories: Repositories, seed: int
+    ) -> None:
         super().__init__()
         self.sources = {source.name: source for source in sources}
-        self.plan, self.drops, self.seed = plan, drops, seed
+        self.plan, self.drops, self.repositories, self.seed = plan, drops, repositories, seed
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of this task's units."""
         with DropLog(self.drops) as log:
             log.rank = rank
             for unit in load_plan(self.plan)[rank]:
-                yield from read_documents(self.sources[unit.source], unit, log, self.seed)
+                yield from read_documents(self.sources[unit.source], unit, log, self.repositories, self.seed)
 
 
-def read_documents(source: Source, unit: Unit, log: DropLog, seed: int = 0) -> Iterator[Document]:
+def read_documents(
+    source: Source, unit: Unit, log: DropLog, repositories: Repositories, seed: int = 0
+) -> Iterator[Document]:
     """Yield the documents of one unit and log the files that give none."""
     if source.reader == "generated":
         yield from _generated(source, seed)
@@ -77,8 +85,15 @@ def read_documents(source: Source, unit: Unit, log: DropLog, seed: int = 0) -> I
                 continue
             metadata = _metadata(source, kind, language, unit) | {"path": file.path}
             if kind != "code":
-                metadata["has_code"] = bool(CODE_FENCE.search(text) or ">>> " in text)
+                metadata["has_code"] = has_code(text)
             yield Document(text=text, id=identifier, metadata=metadata)
+        if source.reader == "sdists" and len(unit.paths) > 1:
+            yield from release_documents(source, unit, repositories, log)
+
+
+def has_code(text: str) -> bool:
+    """Say whether a page holds code blocks: fences (every `<pre>` became one), sessions, reStructuredText blocks."""
+    return bool(CODE_BLOCK.search(text))
 
 
 def _metadata(source: Source, kind: str, language: str, unit: Unit) -> dict[str, Any]:
@@ -93,25 +108,52 @@ def _metadata(source: Source, kind: str, language: str, unit: Unit) -> dict[str,
 
 
 def _ready_made(source: Source, unit: Unit, log: DropLog) -> Iterator[Document]:
-    """Documents of a JSONL, Parquet or Hugging Face source: prose unless their metadata say otherwise."""
-    path = unit.paths[0]
-    if source.reader == "huggingface":
-        reader = HuggingFaceDatasetReader(path, {"split": "train"}, limit=source.limit or -1, text_key=source.text_key)
-        documents = reader.run()
-    else:
-        kind = JsonlReader if source.reader == "jsonl" else ParquetReader
-        documents = kind(str(Path(path).parent), text_key=source.text_key).read_file(Path(path).name)
-    for index, document in enumerate(documents):
+    """Documents of a JSONL, Parquet or Hugging Face source: prose, unless a record says its `kind`.
+
+    A record with `messages` (and `tools`) in place of text is a trajectory and stays a conversation to the end.
+    """
+    for index, record in enumerate(_records(source, unit.paths[0])):
         identifier = f"{source.name}/{unit.package}/{index}"
-        if not isinstance(document.text, str) or not document.text.strip():
-            log.add(source.name, "empty or not text", identifier, "")
+        text = (
+            json.dumps(record["messages"], ensure_ascii=False) if "messages" in record else record.get(source.text_key)
+        )
+        if not isinstance(text, str) or not text.strip():
+            log.add(source.name, record.get("problem", "record without text"), identifier, "")
             continue
-        given = document.metadata
-        kind_given = given["kind"] if given.get("kind") in ("prose", "web", "code") else "prose"
-        metadata = _metadata(source, kind_given, str(given.get("language", "")), unit)
-        metadata["license"] = str(given.get("license", source.license))
-        metadata["path"] = str(given.get("path", index))
-        yield Document(text=document.text, id=identifier, metadata=metadata)
+        kind = "chat" if "messages" in record else record.get("kind", "prose")
+        if kind not in ("prose", "web", "code", "chat", "reasoning"):
+            log.add(source.name, "record of unknown kind", identifier, text)
+            continue
+        metadata = _metadata(source, kind, str(record.get("language", "")), unit)
+        metadata |= {"license": str(record.get("license", unit.license)), "path": str(record.get("path", index))}
+        metadata |= {key: record[key] for key in ("messages", "tools", "prompt", "answer") if key in record}
+        if kind in ("prose", "web"):
+            metadata["has_code"] = has_code(text)
+        yield Document(text=text, id=identifier, metadata=metadata)
+
+
+def _records(source: Source, path: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file or dataset; a line that is no record gives `{"problem": why}`."""
+    if source.reader == "parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    elif source.reader == "huggingface":
+        from datasets import load_dataset
+
+        dataset = load_dataset(path, split="train", streaming=True)
+        yield from dataset.take(source.limit) if source.limit else dataset
+    else:
+        with fsspec.open(path, "rt", compression="infer", encoding="utf-8", errors="surrogateescape") as stream:
+            for line in stream:
+                try:
+                    line.encode()
+                    record = json.loads(line)
+                except UnicodeEncodeError:
+                    record = {"problem": "record with broken encoding"}
+                except ValueError:
+                    record = {"problem": "line is not JSON"}
+                yield record if isinstance(record, dict) else {"problem": "line is not a JSON object"}
 
 
 def _generated(source: Source, seed: int) -> Iterator[Document]:

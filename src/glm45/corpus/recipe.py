@@ -6,8 +6,13 @@ from dataclasses import field
 from pathlib import Path
 
 from glm45.config import configuration, from_dict
+from glm45.corpus.decontaminate import Decontamination
 from glm45.corpus.dedup import MinHash
+from glm45.corpus.fim import FillInTheMiddle
+from glm45.corpus.quality import Quality
+from glm45.corpus.repositories import Repositories
 from glm45.corpus.rules import Rules
+from glm45.corpus.semantic import SemDedup
 from glm45.corpus.sources import Source
 from glm45.corpus.steps import Executor
 
@@ -21,7 +26,19 @@ class CorpusRecipe:
     rules: Rules = field(default_factory=Rules)
     """Rule filters."""
     minhash: MinHash = field(default_factory=MinHash)
-    """Near-duplicate removal."""
+    """Near duplicates by shared words."""
+    decontamination: Decontamination = field(default_factory=Decontamination)
+    """Removal of what evaluations ask."""
+    quality: Quality = field(default_factory=Quality)
+    """Quality scorers and buckets."""
+    semdedup: SemDedup = field(default_factory=SemDedup)
+    """Near duplicates by meaning."""
+    fill_in_the_middle: FillInTheMiddle = field(default_factory=FillInTheMiddle)
+    """Fill-in-the-middle on source files."""
+    repositories: Repositories = field(default_factory=Repositories)
+    """Repository contexts and releases."""
+    long_characters: int = 100_000
+    """Documents from this length on make datasets of their own, to be up-sampled. Not in the report."""
     held_out_fraction: float = 0.01
     """Share of documents that is kept for evaluation as `<source>.heldout`. Not in the report."""
     vocab_size: int = 8192
@@ -61,6 +78,7 @@ def demo() -> CorpusRecipe:
                 exclude=TESTS,
                 docstrings_only=True,
             ),
+            Source(name="arithmetic", reader="generated", limit=20_000, license="generated"),
         )
     )
 

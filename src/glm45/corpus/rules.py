@@ -13,7 +13,7 @@ from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from glm45.config import configuration
-from glm45.corpus.document import WORDS, DropLog
+from glm45.corpus.document import FOUND_KINDS, WORDS, DropLog
 
 
 @configuration
@@ -34,16 +34,20 @@ class Rules:
     """Hash signs or ellipses per word. Not in the report."""
     min_alphabetic_words: float = 0.7
     """Share of words with a letter; Gopher's 0.8, relaxed for text with code blocks. Not in the report."""
-    max_duplicate_line_characters: float = 0.2
-    """Share of characters in repeated lines. Not in the report."""
+    max_duplicate_lines: float = 0.45
+    """Share of repeated lines; Gopher's 0.3, relaxed for reference pages with their recurring headings. Not in the
+    report."""
+    max_duplicate_line_characters: float = 0.3
+    """Share of characters in repeated lines; Gopher's 0.2, relaxed likewise. Not in the report."""
     min_terminal_punctuation: float = 0.05
     """Share of lines that end in punctuation; FineWeb's 0.12, relaxed for hard-wrapped text. Not in the report."""
     max_short_lines: float = 0.75
     """Share of lines of at most 30 characters; FineWeb's 0.67, relaxed for code blocks. Not in the report."""
-    max_line_repetition: float = 0.1
-    """Share of characters in repeated lines, short ones too; FineWeb's 0.01, relaxed for markup. Not in the report."""
-    max_lines_per_word: float = 0.35
-    """FineWeb's list ratio, 0.3 there. Not in the report."""
+    max_line_repetition: float = 0.3
+    """Share of characters in repeated lines, short ones too; FineWeb's 0.01 would drop most technical references. Not
+    in the report."""
+    max_lines_per_word: float = 0.4
+    """FineWeb's list ratio, 0.3 there; relaxed for code blocks. Not in the report."""
     code_min_characters: int = 100
     """Shorter source files are dropped. Not in the report."""
     code_max_characters: int = 500_000
@@ -93,7 +97,11 @@ class RuleFilter(BaseFilter):
                 new_line_ratio=r.max_lines_per_word,
                 language=WORDS,
             ),
-            GopherRepetitionFilter(dup_line_char_frac=r.max_duplicate_line_characters, language=WORDS),
+            GopherRepetitionFilter(
+                dup_line_frac=r.max_duplicate_lines,
+                dup_line_char_frac=r.max_duplicate_line_characters,
+                language=WORDS,
+            ),
         ]
 
     @cached_property
@@ -104,6 +112,8 @@ class RuleFilter(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """Say whether `doc` is kept, with the reason if it is not."""
+        if doc.metadata["kind"] not in FOUND_KINDS:
+            return True
         if doc.metadata["kind"] == "code":
             reason = code_problem(doc.text, self.rules)
             return (False, reason) if reason else True

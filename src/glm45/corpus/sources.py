@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import sysconfig
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from glm45.config import configuration
 from glm45.corpus.downloads import sdist_archives
 
 Reader = Literal["stdlib", "installed", "sdists", "debian", "folder", "jsonl", "parquet", "huggingface", "generated"]
+
+
+UNREADABLE = b"\0unreadable"  # stands for the content of a file that could not be read; counted by who decodes it
 
 
 @configuration
@@ -134,10 +138,10 @@ def _read_listed(root: Path, names: list[str], wanted: Callable[[str], bool]) ->
         if wanted(name):
             try:
                 content = (root / name).read_bytes()
-            except OSError as error:  # a broken link, a file without permission: counted by who reads us
-                yield name, f"\0unreadable: {error.strerror}".encode()
-                continue
-            yield (name[:-3], gzip.decompress(content)) if name.endswith(".gz") else (name, content)
+                unpacked = gzip.decompress(content) if name.endswith(".gz") else content
+            except (OSError, EOFError, zlib.error):  # a broken link, no permission, a damaged archive
+                unpacked = UNREADABLE
+            yield name.removesuffix(".gz"), unpacked
 
 
 def _walk(root: Path, top_only: bool = False) -> list[str]:

@@ -54,10 +54,13 @@ class QuietExecutor(LocalPipelineExecutor):
     """The local executor with datatrove's console output left to its log files."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
+        started = time.process_time()
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
                 return super()._run_for_rank(rank, local_rank, node_rank)
         finally:
+            with self.logging_dir.open(f"cpu/{rank:05d}", "w") as stream:
+                stream.write(f"{time.process_time() - started:.3f}")
             logger.remove()  # datatrove has put its default handler back, on the stream that we have just closed
 
     def run(self) -> PipelineStats | None:
@@ -99,7 +102,10 @@ class Chain:
             started = time.monotonic()
             with _progress(step, folder, report):
                 launched.run()
-            report(f"{step.name}: {unfinished} of {step.tasks} tasks in {time.monotonic() - started:.1f} s")
+            seconds = time.monotonic() - started
+            report(
+                f"{step.name}: {unfinished} of {step.tasks} tasks in {seconds:.1f} s ({cpu_seconds(folder):.1f} s CPU)"
+            )
 
 
 def _make_executor(step: Step, folder: Path, executor: Executor, previous: PipelineExecutor | None) -> PipelineExecutor:
@@ -115,6 +121,11 @@ def _make_executor(step: Step, folder: Path, executor: Executor, previous: Pipel
     from datatrove.executor import RayPipelineExecutor
 
     return RayPipelineExecutor(**common, **executor.options)
+
+
+def cpu_seconds(folder: Path) -> float:
+    """Return the processor time that a step's tasks took."""
+    return sum(float(path.read_text() or 0) for path in (folder / "logs" / "cpu").glob("*"))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,96 @@
+import json
+import random
+
+import numpy as np
+import pytest
+
+from glm45.corpus.dedup import FastMinhashSignature, MinHash
+from glm45.corpus.document import WORDS, writer
+from glm45.corpus.quality import Quality
+from glm45.corpus.semantic import (
+    Embed,
+    FindSemanticDuplicates,
+    FitEmbedder,
+    RemoveSemanticDuplicates,
+    SemDedup,
+    TfidfEmbedder,
+    semantic_duplicates,
+)
+
+CITIES = [
+    f"{a}{b}" for a in ("Nor", "Sud", "West", "Ost", "Alt", "Neu", "Gross", "Klein") for b in ("burg", "heim", "stadt")
+]
+TEMPLATE = (
+    "Find the best hotel in {c} today. Our guests love {c} because {c} has so much to offer. Compare hotel prices in "
+    "{c}, read hotel reviews of {c} and book your hotel room in {c} at the lowest price. Breakfast in {c} is included. "
+    "The airport of {c} is near, and a taxi to {c} costs little. Whether you visit {c} for business or for a holiday, "
+    "a hotel in {c} is waiting for you: choose {c}, stay in {c}, enjoy {c}."
+)
+TOPICS = [f"topic{i}" for i in range(40)]
+
+
+def ordinary(seed):
+    source = random.Random(seed)
+    words = [f"{source.choice(TOPICS)}{seed}x{source.randrange(30)}" for _ in range(120)]
+    return " ".join("".join(chr(97 + int(d)) if d.isdigit() else d for d in word) for word in words)
+
+
+@pytest.fixture
+def pages(make_document):
+    templates = [make_document(TEMPLATE.format(c=city), path=city, quality=i / 100) for i, city in enumerate(CITIES)]
+    others = [make_document(ordinary(i), path=f"page{i}", quality=0.5) for i in range(40)]
+    documents = templates + others
+    random.Random(0).shuffle(documents)
+    return documents
+
+
+def test_minhash_keeps_the_pages_of_a_template(tmp_path, pages):
+    """No band of their signatures agrees: what follows is not MinHash's work."""
+    step = FastMinhashSignature(str(tmp_path), MinHash().to_datatrove(), language=WORDS)
+    bands = [
+        set(map(tuple, step.get_signature(step.get_shingles(d.text)))) for d in pages if d.metadata["path"] in CITIES
+    ]
+    pairs = [(a, b) for i, a in enumerate(bands) for b in bands[:i]]
+    assert sum(bool(a & b) for a, b in pairs) / len(pairs) < 0.05
+
+
+def test_semdedup_removes_the_pages_of_a_template_but_the_best(tmp_path, pages):
+    config = SemDedup(dimension=32)
+    tasks = [pages[:30], pages[30:30], pages[30:]]  # the middle task has no documents
+    for rank, documents in enumerate(tasks):
+        list(writer(tmp_path / "documents").run(documents, rank))
+    FitEmbedder(tmp_path / "documents", 3, config, tmp_path / "fit", seed=0).run()
+    for rank, documents in enumerate(tasks):
+        list(Embed(tmp_path / "fit", config, tmp_path / "embeddings").run(documents, rank))
+    FindSemanticDuplicates(tmp_path / "embeddings", 3, config, Quality(), tmp_path / "lists", seed=0).run()
+    kept = [
+        document.metadata["path"]
+        for rank, documents in enumerate(tasks)
+        for document in RemoveSemanticDuplicates(tmp_path / "lists", tmp_path / "drops").run(documents, rank)
+    ]
+    assert [path for path in kept if path in CITIES] == [CITIES[-1]]
+    assert sum(path.startswith("page") for path in kept) == 40
+    assert set(json.loads((tmp_path / "lists" / "thresholds.json").read_text())) == {"prose"}
+
+
+def test_only_documents_of_a_group_are_compared_and_ungrouped_ones_stay():
+    same = np.ones((4, 2), dtype=np.float16) / np.sqrt(2)
+    rows = np.array([[0.1, 0, 10], [0.9, 0, 10], [0.5, 1, 10], [0.0, -1, 10]])
+    assert semantic_duplicates([same[:2], same[2:]], rows, SemDedup(), seed=0).tolist() == [True, False, False, False]
+
+
+def test_a_chain_of_neighbours_is_not_removed_whole():
+    """b is like a and c is like b, but c is not like a: with b gone, c stays."""
+    angles = np.array([0.0, 0.25, 0.5])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
+    rows = np.array([[0.9, 0, 1], [0.5, 0, 1], [0.1, 0, 1]])
+    assert semantic_duplicates([points], rows, SemDedup(threshold=0.95), seed=0).tolist() == [False, True, False]
+
+
+def test_the_embedder_survives_saving_and_gives_unit_vectors(tmp_path):
+    texts = [ordinary(i) for i in range(20)]
+    embedder = TfidfEmbedder.fit(texts, dimension=8)
+    embedder.save(tmp_path / "e.npz")
+    vectors = embedder(texts)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.array_equal(TfidfEmbedder.load(tmp_path / "e.npz")(texts), vectors)

@@ -1,0 +1,111 @@
+import gzip
+
+import pytest
+
+from glm45.corpus.document import DropLog, merge_drops
+from glm45.corpus.downloads import fetch_debian, sdist_archives
+from glm45.corpus.read import read_documents
+from glm45.corpus.repositories import Repositories
+from glm45.corpus.sources import Source, Unit, list_units, share_out
+
+
+def read(source, tmp_path):
+    with DropLog(tmp_path / "drops") as log:
+        units = list_units(source, tmp_path)
+        return [document for unit in units for document in read_documents(source, unit, log, Repositories())]
+
+
+def test_a_folder_is_read_file_by_file_and_what_cannot_be_read_is_counted(tmp_path):
+    root = tmp_path / "mine"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a.py").write_text("x = 1\n")
+    (root / "sub" / "page.html").write_text("<html><body><p>A page of text.</p><pre>code()</pre></body></html>")
+    (root / "b.md.gz").write_bytes(gzip.compress(b"# Packed\n"))
+    (root / "cut.txt.gz").write_bytes(gzip.compress(b"x" * 9999)[:40])
+    (root / "image.png").write_bytes(b"\x89PNG")
+    (root / "broken.txt").write_bytes(b"\xff\xfe\xfa")
+    (root / "gone.txt").symlink_to(root / "nowhere")
+    documents = read(Source(name="own", reader="folder", path=str(root)), tmp_path)
+    assert {(d.metadata["path"], d.metadata["kind"]) for d in documents} == {
+        ("a.py", "code"),
+        ("page.html", "web"),
+        ("b.md", "prose"),
+    }
+    reasons = {reason: entry["documents"] for reason, entry in merge_drops(tmp_path / "drops").items()}
+    assert reasons == {"file type without text": 1, "unreadable file": 2, "undecodable bytes": 1}
+
+
+def test_a_jsonl_source_counts_bad_lines_and_keeps_trajectories_as_conversations(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [
+        b'{"body": "A text.", "language": "en"}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "tools": null}',
+        b"not json",
+        b'{"other": 1}',
+        b'{"body": "caf\xe9"}',
+        b'{"body": "x", "kind": "video"}',
+        b"[1]",
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    documents = read(Source(name="own", reader="jsonl", path=str(path), text_key="body"), tmp_path)
+    assert [document.metadata["kind"] for document in documents] == ["prose", "chat"]
+    assert documents[1].metadata["messages"] == [{"role": "user", "content": "hi"}]
+    assert {reason: entry["documents"] for reason, entry in merge_drops(tmp_path / "drops").items()} == {
+        "line is not JSON": 1,
+        "record without text": 1,
+        "record with broken encoding": 1,
+        "record of unknown kind": 1,
+        "line is not a JSON object": 1,
+    }
+
+
+def test_parquet_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["one", None, "three"]}), tmp_path / "t.parquet")
+    documents = read(Source(name="own", reader="parquet", path=str(tmp_path / "t.parquet")), tmp_path)
+    assert [document.text for document in documents] == ["one", "three"]
+
+
+def test_a_source_that_gives_nothing_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="own: nothing to read"):
+        list_units(Source(name="own", reader="folder", path=str(tmp_path / "empty")), tmp_path)
+    with pytest.raises(ValueError, match="not a folder"):
+        list_units(Source(name="own", reader="folder", path=str(tmp_path / "missing")), tmp_path)
+
+
+def test_the_standard_library_and_installed_packages_have_units_with_versions(tmp_path):
+    assert len(list_units(Source(name="s", reader="stdlib"), tmp_path)) > 20
+    [unit] = list_units(Source(name="i", reader="installed", packages=("numpy", "no-such-package")), tmp_path)
+    assert unit.package == "numpy"
+    assert unit.version[0].isdigit()
+
+
+def test_work_is_shared_out_evenly_and_completely():
+    units = [Unit("s", str(i), "", "", size, ("x",)) for i, size in enumerate([90, 50, 40, 30, 30, 20, 10, 5, 5])]
+    tasks = share_out(units, 3)
+    assert sorted(unit.package for task in tasks for unit in task) == sorted(unit.package for unit in units)
+    loads = [sum(unit.size for unit in task) for task in tasks]
+    assert max(loads) - min(loads) <= 10
+
+
+def test_the_manifest_pins_every_archive_and_refuses_unknown_packages(tmp_path):
+    archives = [archive for releases in sdist_archives("", (), tmp_path).values() for archive in releases]
+    assert len(archives) > 12
+    assert all(len(archive.sha256) == 64 and archive.license for archive in archives)
+    with pytest.raises(ValueError, match="no-such"):
+        sdist_archives("", ("no-such",), tmp_path)
+
+
+def test_debian_sources_without_apt_say_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="apt-get"):
+        fetch_debian(("python3-doc",), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"name": "a.b"}, {"name": ""}, {"reader": "folder"}, {"reader": "installed"}])
+def test_a_source_that_makes_no_sense_is_refused(fields):
+    with pytest.raises(ValueError, match="source"):
+        Source(**({"name": "a", "reader": "stdlib"} | fields))

@@ -72,22 +72,23 @@ def test_the_number_of_workers_changes_no_byte(documents, tmp_path, monkeypatch)
 
 
 def test_lines_that_cannot_be_read_are_counted(documents, tmp_path, trained):
-    bad = ["not json", '["list"]', '{"id": 1}', '{"text": ""}', '{"text": 5}', '{"text": "\\ud800"}', '{"text": "ok"}',
-           '{"messages": [{"role": "wizard", "content": "x"}]}', "\udcff{}"]  # fmt: skip
-    (documents / "bad.high.jsonl").write_bytes("\n".join(bad).encode("utf-8", "surrogateescape"))
-    entry = tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)["datasets"][
-        "bad.high"
-    ]
-    rejected = {reason: value["documents"] for reason, value in entry["rejected"].items()}
-    assert entry["documents"] == 1
-    assert {reason: count for reason, count in rejected.items() if "message" not in reason or "neither" in reason} == {
-        "not JSON": 1,
-        "neither text nor messages": 2,
-        "empty text": 2,
-        "not Unicode": 2,
+    bad = {
+        "not JSON": ["not json", "", '{"text": "cut sho', "[" * 100_000],
+        "not Unicode": ['{"text": "\\ud800"}', '{"text": "\udcff"}'],
+        "neither text nor messages": ["[]", "5", '{"id": 1}'],
+        "empty text": ['{"text": ""}', '{"text": 5}', '{"text": null}'],
+        "not a chat": ['{"messages": 5}', '{"messages": [7]}', '{"messages": [{"role": "wizard", "content": "x"}]}'],
+        "unknown special token": ['{"text": "x", "metadata": {"special_tokens": ["<x>"]}}'],
     }
-    assert sum(rejected.values()) == 8
-    assert entry["rejected"]["not JSON"]["examples"] == ["bad.high.jsonl, line 1"]
+    rows = ['{"text": "good", "metadata": 5}', *(line for rows in bad.values() for line in rows)]
+    (documents / "bad.high.jsonl").write_bytes("\n".join(rows).encode("utf-8", "surrogateescape"))
+    entries = tokenize_folder(documents, tmp_path / "out", vocab_size=320, workers=1, tokenizer=trained)
+    entry = entries["datasets"]["bad.high"]
+    assert entry["documents"] == 1
+    assert {reason: value["documents"] for reason, value in entry["rejected"].items()} == {
+        reason: len(lines) for reason, lines in bad.items()
+    }
+    assert entry["rejected"]["not JSON"]["examples"][0].startswith("bad.high.jsonl, line 2: Expecting value")
 
 
 def test_special_tokens_are_placed_only_where_the_document_says_so(documents, tmp_path, trained):

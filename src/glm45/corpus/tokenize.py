@@ -1,35 +1,23 @@
-"""Document files to a data folder's `tokenizer/` and `shards/`.
+"""Document files to a data folder's `tokenizer/` and `shards/`; what a line may hold is said in `encoding`."""
 
-A line of a document file is a JSON object with `text`, or with `messages` (and `tools`, `thinking`), which the chat
-renderer turns into tokens. `metadata.special_tokens` lists the special tokens that were put into a text on purpose, such as those of
-fill-in-the-middle; what else spells a special token stays text. Every document ends with `<|endoftext|>`.
-"""
-
-import functools
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from glm45.corpus.words import WordEncoder
+from glm45.corpus.encoding import Encoders
 from glm45.data.folder import describe_tokenizer, update_manifest
 from glm45.data.mixture import HELD_OUT
 from glm45.data.shards import ShardWriter, require_disk, token_dtype, verify
-from glm45.text.chat import render_tokens
-from glm45.text.special_tokens import END_OF_TEXT
 from glm45.text.tokenizer import Tokenizer
 
 TOKENIZER_SAMPLE = 20_000_000
@@ -70,12 +58,12 @@ def tokenize_folder(
     loaded = Tokenizer.load(folder)
     entries = {}
     with ExitStack() as stack:
-        encoders: _Encoders | None = None
+        encoders: Encoders | None = None
         for name, paths in datasets.items():
             made_from = {"tokenizer": loaded.fingerprint, "files": digests[name]}
             entry = progress.get(name, made_from)
             if entry is None or not _is_intact(out_dir / "shards", entry):
-                encoders = encoders or stack.enter_context(_Encoders(folder, loaded.fingerprint, workers))
+                encoders = encoders or stack.enter_context(Encoders(folder, loaded.fingerprint, workers))
                 entry = _tokenize_dataset(paths, out_dir / "shards" / name, encoders, token_dtype(loaded.vocab_size))
                 progress.put(name, made_from, entry)
             entries[name] = entry
@@ -102,127 +90,7 @@ def find_datasets(documents_dir: Path) -> dict[str, list[Path]]:
     return dict(sorted(datasets.items()))
 
 
-@dataclass
-class _Chunk:
-    """What a worker made of a chunk of lines: tokens in the shard's type, a length a document, and what it rejected."""
-
-    num_lines: int
-    tokens: bytes = b""
-    lengths: list[int] = field(default_factory=list)
-    text_bytes: int = 0
-    rejected: list[tuple[int, str]] = field(default_factory=list)
-    """Number of the line within the chunk, and why."""
-
-
-def encode_lines(lines: Sequence[bytes], encoder: WordEncoder) -> _Chunk:
-    """Encode lines of a document file."""
-    chunk = _Chunk(num_lines=len(lines))
-    end = encoder.tokenizer.special_id(END_OF_TEXT)
-    texts: list[str] = []
-    documents: list[list[bytes | None]] = []  # ids that are known, and None for the next of `texts`
-    for number, line in enumerate(lines):
-        try:
-            parts = _parts(line, encoder)
-        except ValueError as error:
-            chunk.rejected.append((number, _reason(error)))
-            continue
-        plain = [part for part in parts if isinstance(part, str)]
-        chunk.text_bytes += sum(len(part.encode()) for part in plain)
-        texts += plain
-        documents.append([part if isinstance(part, bytes) else None for part in parts])
-    encoded = iter(encoder.encode(texts))
-    pieces = []
-    for document in documents:
-        ids = [next(encoded) if part is None else part for part in document]
-        pieces += [*ids, encoder.to_bytes([end])]
-        chunk.lengths.append(sum(map(len, ids)) // encoder.dtype.itemsize + 1)
-    chunk.tokens = b"".join(pieces)
-    return chunk
-
-
-def _parts(line: bytes, encoder: WordEncoder) -> list[str | bytes]:
-    """Return a document as plain texts and ids. Raises ValueError for what is not a document."""
-    document = json.loads(line)
-    if not isinstance(document, dict) or not ("text" in document or "messages" in document):
-        raise ValueError("neither text nor messages")
-    if "messages" in document:
-        thinking = None if document.get("thinking", True) else False
-        rendered = render_tokens(
-            document["messages"], encoder.tokenizer, tools=document.get("tools") or None, enable_thinking=thinking
-        )
-        return [encoder.to_bytes(rendered.ids)]
-    text = document["text"]
-    if not isinstance(text, str) or not text:
-        raise ValueError("empty text")
-    text.encode()  # a lone surrogate raises here
-    special = (document.get("metadata") or {}).get("special_tokens")
-    if not special:
-        return [text]
-    from glm45.corpus.document import split_special  # imports datatrove
-
-    return [
-        encoder.to_bytes([encoder.tokenizer.special_id(piece)]) if is_special else piece
-        for piece, is_special in split_special(text, special)
-    ]
-
-
-def _reason(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return "not JSON"
-    return "not Unicode" if isinstance(error, UnicodeError) else str(error)
-
-
-class _Encoders:
-    """Encodes chunks of lines in `workers` processes, in order and never far ahead; one worker is this process."""
-
-    def __init__(self, tokenizer: Path, fingerprint: str, workers: int) -> None:
-        self._work = functools.partial(_work, tokenizer, fingerprint)
-        self._ahead = 2 * workers
-        self._pool = None
-        if workers > 1:
-            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _keep_to_one_thread)
-
-    def __enter__(self) -> "_Encoders":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def encode(self, chunks: Iterator[list[bytes]]) -> Iterator[_Chunk]:
-        """Yield what became of each chunk of lines."""
-        if self._pool is None:
-            yield from map(self._work, chunks)
-            return
-        futures: deque[Future[_Chunk]] = deque()
-        try:
-            for lines in chunks:
-                futures.append(self._pool.submit(self._work, lines))
-                if len(futures) > self._ahead:
-                    yield futures.popleft().result()
-            while futures:
-                yield futures.popleft().result()
-        except BrokenProcessPool:
-            raise OSError("a tokenizing process was killed, perhaps for memory: run again with fewer workers") from None
-
-
-def _keep_to_one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, fingerprint: str) -> WordEncoder:
-    """Return this process's encoder, which remembers words from chunk to chunk."""
-    encoder = WordEncoder(folder, token_dtype(Tokenizer.load(folder).vocab_size))
-    assert encoder.tokenizer.fingerprint == fingerprint
-    return encoder
-
-
-def _work(folder: Path, fingerprint: str, lines: list[bytes]) -> _Chunk:
-    return encode_lines(lines, _encoder(folder, fingerprint))
-
-
-def _tokenize_dataset(paths: Sequence[Path], prefix: Path, encoders: _Encoders, dtype: np.dtype) -> dict[str, Any]:
+def _tokenize_dataset(paths: Sequence[Path], prefix: Path, encoders: Encoders, dtype: np.dtype) -> dict[str, Any]:
     """Write one dataset's shard and return its manifest entry."""
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
@@ -233,15 +101,15 @@ def _tokenize_dataset(paths: Sequence[Path], prefix: Path, encoders: _Encoders, 
             for chunk in encoders.encode(_chunks(path)):
                 writer.add_many(np.frombuffer(chunk.tokens, dtype), np.array(chunk.lengths, dtype=np.int32))
                 text_bytes += chunk.text_bytes
-                for number, reason in chunk.rejected:
-                    counts[reason] += 1
-                    if len(shown := examples.setdefault(reason, [])) < NUM_EXAMPLES:
-                        shown.append(f"{path.name}, line {first_line + number}")
+                for rejected in chunk.rejected:
+                    counts[rejected.reason] += 1
+                    if len(shown := examples.setdefault(rejected.reason, [])) < NUM_EXAMPLES:
+                        shown.append(f"{path.name}, line {first_line + rejected.line}: {rejected.detail}")
                 first_line += chunk.num_lines
         if not writer.num_documents:
             raise ValueError(f"{prefix.name}: no documents in {', '.join(path.name for path in paths)}: {dict(counts)}")
-    rejected = {reason: {"documents": count, "examples": examples[reason]} for reason, count in counts.most_common()}
-    return writer.entry | {"text_bytes": text_bytes, "rejected": rejected}
+    dropped = {reason: {"documents": count, "examples": examples[reason]} for reason, count in counts.most_common()}
+    return writer.entry | {"text_bytes": text_bytes, "rejected": dropped}
 
 
 def _chunks(path: Path) -> Iterator[list[bytes]]:
@@ -282,7 +150,8 @@ def _prepare_tokenizer(
     if given is not None:
         Tokenizer.load(given).save(folder)
         return
-    made_from = {"vocab_size": vocab_size, "sample": TOKENIZER_SAMPLE, "datasets": digests}
+    learnt_from = {name: files for name, files in digests.items() if not _is_held_out(name)}
+    made_from = {"vocab_size": vocab_size, "sample": TOKENIZER_SAMPLE, "datasets": learnt_from}
     if progress.get("tokenizer", made_from) is not None and (folder / "tokenizer.json").exists():
         return
     trained = Tokenizer.train(_sample(datasets), vocab_size)
@@ -296,7 +165,7 @@ def _prepare_tokenizer(
 
 def _sample(datasets: dict[str, list[Path]]) -> Iterator[str]:
     """Yield about `TOKENIZER_SAMPLE` bytes of the texts to train on, chosen by hash from all files alike."""
-    paths = [path for name, paths in datasets.items() if not name.endswith(f".{HELD_OUT}") for path in paths]
+    paths = [path for name, paths in datasets.items() if not _is_held_out(name) for path in paths]
     share = min(1.0, TOKENIZER_SAMPLE / max(1, sum(_text_size(path) for path in paths)))
     left = 2 * TOKENIZER_SAMPLE  # the sizes of compressed files are estimates
     for path in paths:
@@ -309,6 +178,10 @@ def _sample(datasets: dict[str, list[Path]]) -> Iterator[str]:
                     yield from texts
 
 
+def _is_held_out(dataset: str) -> bool:
+    return dataset.endswith(f".{HELD_OUT}")
+
+
 def _texts(line: bytes) -> Iterator[str]:
     """Yield what a tokenizer learns from in a line, nothing where `encode_lines` will reject it."""
     try:
@@ -317,7 +190,7 @@ def _texts(line: bytes) -> Iterator[str]:
             if isinstance(text, str):
                 text.encode()
                 yield text
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return
 
 

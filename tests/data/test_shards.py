@@ -9,6 +9,7 @@ from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm45.data import shards
 from glm45.data.shards import MemoryDocuments, Shard, ShardChain, ShardWriter, require_disk, token_dtype, verify
 
 DOCUMENTS = [[5, 6, 7], [8], [], [9, 10, 65_000]]
@@ -30,9 +31,11 @@ def test_bytes_are_those_that_the_format_prescribes(tmp_path):
     )
 
 
+@pytest.mark.parametrize("chunk", [1 << 20, 1])
 @pytest.mark.parametrize("token_size, dtype", [(2, np.uint16), (4, np.int32)])
-def test_bytes_equal_those_of_datatrove(tmp_path, token_size, dtype):
-    """An independent writer of Megatron shards gives the same two files."""
+def test_bytes_equal_those_of_datatrove(tmp_path, monkeypatch, token_size, dtype, chunk):
+    """An independent writer of Megatron shards gives the same two files, however few entries we handle at once."""
+    monkeypatch.setattr(shards, "CHUNK", chunk)
     theirs = MegatronTokenizedFile(str(tmp_path), "theirs", token_size=token_size)
     for document in DOCUMENTS:
         theirs.write(document)

@@ -218,3 +218,59 @@ def test_completions_echo_logprobs_and_several_prompts(oai, engine, tokenizer):
     chunks = list(oai.completions.create(model="tiny", prompt=["a", "b"], max_tokens=20, stream=True))
     for index in range(2):
         assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices[0].index == index) == " a dog"
+
+
+def test_thinking_budget_closes_reasoning_and_answers(oai, engine, ids_of, tokenizer):
+    """After the budget `</think>` is put in, the answer begins, and only sampled tokens are counted."""
+
+    def say(prompt, index):
+        in_thoughts = prompt[-1] == tokenizer.special_id("<think>")
+        return "I could think for a very long time about this" if in_thoughts else "\nForty-two.<|user|>"
+
+    engine.text = say
+    for stream in (False, True):
+        answer = ask(oai, extra_body={"thinking_budget": 5}, max_tokens=50, **({"stream": True} if stream else {}))
+        if stream:
+            deltas = [chunk.choices[0].delta for chunk in answer]
+            text = "".join(delta.content or "" for delta in deltas)
+            thoughts = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+        else:
+            message = answer.choices[0].message
+            text, thoughts = message.content, message.reasoning_content
+            assert answer.usage.completion_tokens == 5 + len(ids_of("\nForty-two.<|user|>"))
+            assert answer.usage.completion_tokens_details.reasoning_tokens == 5
+        assert text == "Forty-two."
+        assert thoughts == tokenizer.decode(ids_of("I could think for a very long time about this")[:5])
+    thought, answered = engine.asked[-2:]
+    assert thought.params.max_tokens == 5
+    assert tokenizer.decode(thought.prompt).endswith("<|assistant|>\n<think>")
+    assert answered.prompt[-1] == tokenizer.special_id("</think>")
+    assert answered.params.max_tokens == 45
+
+
+def test_grammar_holds_for_the_answer_and_not_for_the_reasoning(oai, engine, tokenizer):
+    """With thinking on, response_format constrains what follows `</think>`; n samples are n chains."""
+
+    def say(prompt, index):
+        in_thoughts = prompt[-1] == tokenizer.special_id("<think>")
+        return "Some JSON.</think>" if in_thoughts else '{"a": 1}<|user|>'
+
+    engine.text = say
+    answer = ask(oai, n=2, response_format={"type": "json_object"}, extra_body={"enable_thinking": True})
+    for choice in answer.choices:
+        assert choice.message.content == '{"a": 1}'
+        assert choice.message.reasoning_content == "Some JSON."
+        assert choice.finish_reason == "stop"
+    constraints = [asked.params.constraint is not None for asked in engine.asked]
+    assert sorted(constraints) == [False, False, True, True]
+    engine.asked.clear()
+    ask(oai, response_format={"type": "json_object"}, extra_body={"enable_thinking": False})
+    assert [asked.params.constraint is not None for asked in engine.asked] == [True]
+
+
+def test_reasoning_that_uses_up_max_tokens_is_cut(oai, engine, tokenizer):
+    """No answer is asked for where no token is left for it."""
+    engine.text = "thinking and thinking and thinking"
+    answer = ask(oai, extra_body={"thinking_budget": 50}, max_tokens=3)
+    assert answer.choices[0].finish_reason == "length"
+    assert len(engine.asked) == 1

@@ -4,8 +4,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -42,7 +42,7 @@ async def watched(request: Request, work: Coroutine[Any, Any, T], seconds: float
 async def started(events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """Start a generator, so that what it refuses at once is raised here, before a status is sent."""
     first = asyncio.ensure_future(anext(events, None))
-    for _ in range(3):  # a refusal needs no waiting
+    for _ in range(6):  # a refusal needs no waiting, only a few turns of the loop
         await asyncio.sleep(0)
     if first.done() and first.exception() is not None:
         raise first.exception() or AssertionError
@@ -59,6 +59,34 @@ async def started(events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
             await events.aclose()
 
     return rest()
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Yield what several streams yield, as it comes; the first failure ends all."""
+    queue: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+    async def drain(stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream) as items:
+                async for item in items:
+                    queue.put_nowait(("item", item))
+            queue.put_nowait(("end", None))
+        except Exception as error:
+            queue.put_nowait(("error", error))
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            kind, item = await queue.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        await _cancel(*tasks)
 
 
 class EventStream(Response):

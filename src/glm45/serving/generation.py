@@ -4,15 +4,17 @@ Everything that the server answers, streamed or whole, chat or text, OpenAI or A
 """
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from glm45.engine.request import Delta, SamplingParams
 from glm45.serving.errors import ApiError, as_client_errors, unavailable
+from glm45.serving.exchange import merged
 from glm45.serving.metrics import Metrics
 from glm45.serving.plan import Plan
+from glm45.serving.thoughts import Inserted, think_then_answer
 from glm45.text.parsing import StreamParser, join_deltas
 from glm45.text.special_tokens import THINK, THINK_END, TOOL_CALL
 from glm45.text.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ class ServedEngine(Protocol):
 
     def stream(
         self, prompt: list[int], params: SamplingParams, *, request_id: str | None = None, owner: str = ""
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the samples; the last of each has a `finish_reason`."""
         ...
 
@@ -98,13 +100,21 @@ class ReasoningCounter:
 class Sample:
     """One of a request's samples: how its tokens are read."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, call_id_prefix: str) -> None:
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, index: int, call_id_prefix: str) -> None:
+        self.index = index
         self.parser = StreamParser(plan.tools, plan.reasoning_open, call_id_prefix, tokenizer) if plan.is_chat else None
         self.reasoning = ReasoningCounter(tokenizer, plan.reasoning_open)
         self.by_text = bool(plan.params.stop)  # a stop string may end inside a token: then text is read, not ids
         self.num_tokens = 0
         self.has_calls = False
         self.last_token_at = 0.0
+
+    def insert(self, token_id: int, tokenizer: Tokenizer) -> Piece:
+        """Return what a token adds that was not sampled: it is read, and counted nowhere."""
+        assert self.parser is not None
+        self.reasoning.take([token_id])
+        deltas = self.parser.feed(tokenizer.decode([token_id])) if self.by_text else self.parser.feed_ids([token_id])
+        return Piece(index=self.index, deltas=deltas, text="", token_ids=[], logprobs=[], top_logprobs=[])
 
     def read(self, delta: Delta) -> Piece:
         """Return what the engine's delta adds."""
@@ -141,14 +151,13 @@ class Generation:
     ) -> None:
         self.plan = plan
         self.engine = engine
+        self.tokenizer = tokenizer
         self.metrics = metrics
         self.request_id = request_id
         self.owner = owner
+        prefix = f"call_{request_id[-12:]}_"
         self.samples = [
-            Sample(
-                plan, tokenizer, f"call_{request_id[-12:]}_{i}_" if plan.params.n > 1 else f"call_{request_id[-12:]}_"
-            )
-            for i in range(plan.params.n)
+            Sample(plan, tokenizer, i, f"{prefix}{i}_" if plan.params.n > 1 else prefix) for i in range(plan.params.n)
         ]
         self.num_cached_tokens = 0
         self.began_at = time.perf_counter()
@@ -161,18 +170,25 @@ class Generation:
 
         Closing the generator aborts the request.
         """
-        stream = self.engine.stream(
-            self.plan.prompt_ids, self.plan.params, request_id=self.request_id, owner=self.owner
-        )
-        async with aclosing(stream) as deltas:  # type: ignore[type-var]
+        async with aclosing(self._deltas()) as deltas:
             with as_client_errors():
                 async for delta in deltas:
+                    if isinstance(delta, Inserted):
+                        yield self.samples[delta.index].insert(delta.token_id, self.tokenizer)
+                        continue
                     if delta.finish_reason == "abort":
                         raise unavailable("the request was aborted by the server", code="aborted", retry_after=1)
                     self._count(delta)
                     yield self.samples[delta.index].read(delta)
         self.ended_at = time.perf_counter()
         self.metrics.duration.observe(self.ended_at - self.began_at)
+
+    def _deltas(self) -> AsyncGenerator[Delta | Inserted, None]:
+        plan, who = self.plan, (self.request_id, self.owner)
+        if not plan.think_first:
+            return self.engine.stream(plan.prompt_ids, plan.params, request_id=who[0], owner=who[1])
+        chains = [think_then_answer(self.engine, self.tokenizer, plan, sample.index, *who) for sample in self.samples]
+        return chains[0] if len(chains) == 1 else merged(chains)
 
     @property
     def usage(self) -> Usage:

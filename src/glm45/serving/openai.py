@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from glm45.serving.exchange import event, openai_error_event
+from glm45.serving.exchange import event, merged, openai_error_event
 from glm45.serving.generation import Generation, Piece, Usage, Whole, collect
 from glm45.serving.plan import Plan, plan_chat, plan_completions
 from glm45.serving.schemas import ChatRequest, CompletionRequest
@@ -186,7 +186,9 @@ class TextAnswer:
         options = self.body.stream_options
         tail = {"usage": None} if options and options.include_usage else {}
         begun: set[tuple[int, int]] = set()
-        async with aclosing(merged([generation.pieces() for generation in self.generations])) as pieces:
+        async with aclosing(
+            merged([numbered(n, generation.pieces()) for n, generation in enumerate(self.generations)])
+        ) as pieces:
             async for number, piece in pieces:
                 is_first = (number, piece.index) not in begun
                 begun.add((number, piece.index))
@@ -252,34 +254,11 @@ class TextAnswer:
         }
 
 
-async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Yield the pieces of several streams as they come, with the number of their stream."""
-    queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-
-    async def drain(number: int, stream: AsyncGenerator[Piece, None]) -> None:
-        try:
-            async with aclosing(stream) as pieces:
-                async for piece in pieces:
-                    queue.put_nowait((number, piece))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(drain(number, stream)) for number, stream in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+async def numbered(number: int, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Yield pieces with the number of their prompt."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            yield number, piece
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

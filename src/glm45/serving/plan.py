@@ -1,7 +1,8 @@
 """From a chat or completion request to what the engine is asked: token ids, sampling parameters, how to read it."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from glm45.config import configuration
@@ -13,6 +14,10 @@ from glm45.serving.thinking import ThinkingChoice, choose_thinking, mark_message
 from glm45.text.chat import DialectName, render_tokens
 from glm45.text.special_tokens import THINK, TOOL_CALL, TOOL_CALL_END
 from glm45.text.tokenizer import Tokenizer
+
+SHARE_OF_THOUGHTS = 0.75
+"""Of `max_tokens`, for reasoning before an answer with a grammar where no budget is given: the rest completes the
+answer."""
 
 
 @configuration
@@ -54,17 +59,23 @@ class Plan:
     is_chat: bool = True
     """Whether the output is a message (reasoning, content, calls) and not plain text."""
     think_first: int = 0
-    """Most tokens of reasoning before the answer proper begins; 0 where reasoning is not bounded apart."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    """Most tokens of reasoning, where it is a request of its own (see `thoughts`); 0 where it is not."""
 
 
-def plan_chat(request: ChatRequest, context: Context) -> Plan:
-    """Render the conversation and gather the parameters. Raises ApiError (400) with the field at fault."""
+def plan_chat(request: ChatRequest, context: Context, at_most: int | None = None) -> Plan:
+    """Render the conversation and gather the parameters. Raises ApiError (400) with the field at fault.
+
+    `at_most` bounds the tokens where the request names no number; the context may be a nearer bound.
+    """
     thinking = choose_thinking(request, context.defaults.enable_thinking)
     tools = as_dicts(request.tools)
     shown = [] if request.tool_choice == "none" else tools
     prompt_ids = render_prompt(as_dicts(request.messages), shown, thinking, context, request.continue_final_message)
     tokenizer = context.tokenizer
+    constraint = _constraint(request, tools)
+    apart = _thinks_apart(thinking, constraint) and not request.continue_final_message
+    if apart and prompt_ids[-1] != tokenizer.special_id(THINK):
+        prompt_ids += [*tokenizer.encode("\n"), tokenizer.special_id(THINK)]
     stop_ids, bias = list(request.stop_token_ids or ()), _logit_bias(request)
     if tools and request.tool_choice == "none":
         bias[tokenizer.special_id(TOOL_CALL)] = float("-inf")
@@ -80,9 +91,22 @@ def plan_chat(request: ChatRequest, context: Context) -> Plan:
         logit_bias=bias,
         stop_token_ids=tuple(stop_ids),
         top_logprobs=request.top_logprobs or 0,
-        constraint=_constraint(request, tools),
+        constraint=constraint,
     )
-    return Plan(prompt_ids, params, tools or None, prompt_ids[-1] == tokenizer.special_id(THINK))
+    if at_most is not None:
+        params = replace(params, max_tokens=min(params.max_tokens, at_most))
+    return Plan(
+        prompt_ids,
+        params,
+        tools or None,
+        reasoning_open=prompt_ids[-1] == tokenizer.special_id(THINK),
+        think_first=(thinking.budget or math.ceil(params.max_tokens * SHARE_OF_THOUGHTS)) if apart else 0,
+    )
+
+
+def _thinks_apart(thinking: ThinkingChoice, constraint: Constraint | None) -> bool:
+    """Whether reasoning is a request of its own: it has a budget, or a grammar that must not hold for it."""
+    return thinking.enabled is not False and (thinking.budget is not None or constraint is not None)
 
 
 def plan_completions(request: CompletionRequest, context: Context) -> list[Plan]:

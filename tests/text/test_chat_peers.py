@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm45.text.chat import render, render_tokens
+from glm45.text.parsing import parse_ids
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,30 @@ def test_ids_equal_those_of_renderers(data, any_conversation, tokenizer, exporte
     theirs = peer.render(messages, tools=given_tools, add_generation_prompt=prompt)
     ours = render_tokens(messages, tokenizer, tools=given_tools, enable_thinking=thinking, add_generation_prompt=prompt)
     assert ours.ids == theirs.token_ids
+
+
+@relaxed
+@given(data=st.data())
+def test_parsing_ids_equals_renderers(data, any_answer, tokenizer, exported, tools):
+    """The same message from the same sampled ids, up to white space around its parts, which the peer treats otherwise."""
+    from renderers.glm45 import GLM45Renderer
+
+    message = data.draw(any_answer)
+    rendered = render_tokens([{"role": "user", "content": "q"}, message], tokenizer, tools=tools, end_turn=True)
+    sampled = [index for index, produced in zip(rendered.ids, rendered.loss_mask, strict=True) if produced]
+    ours = parse_ids(sampled, tokenizer, tools).message
+    theirs = GLM45Renderer(exported).parse_response(sampled, tools=tools)
+    assert (ours["content"] or "") == theirs.content.strip()
+    assert ours.get("reasoning_content", "") == (theirs.reasoning_content or "").strip()
+    calls = [call["function"] for call in ours.get("tool_calls", [])]
+    assert [call["name"] for call in calls] == [call.name for call in theirs.tool_calls]
+    for call, their_call in zip(calls, theirs.tool_calls, strict=True):
+        stripped = {key: _stripped(value) for key, value in json.loads(call["arguments"]).items()}
+        assert stripped == {key: _stripped(value) for key, value in their_call.arguments.items()}
+
+
+def _stripped(value):
+    return value.strip() if isinstance(value, str) else value
 
 
 @relaxed

@@ -180,6 +180,10 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
     wordlevel.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="not byte-level"):
         Tokenizer.load(tmp_path)
+    for content, error in (("{", "is not JSON"), ("[]", "not a tokenizer.json")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=error):
+            Tokenizer.load(tmp_path)
 
 
 def test_a_batch_is_its_texts(tokenizer):

@@ -38,8 +38,10 @@ class Tokenizer:
     def __init__(self, serialized: str) -> None:
         self._serialized = serialized
         definition = json.loads(serialized)
-        if '"ByteLevel"' not in serialized:
-            raise ValueError("the tokenizer is not byte-level: no ByteLevel pre-tokenizer or decoder in tokenizer.json")
+        if not isinstance(definition, dict) or "model" not in definition:
+            raise ValueError("not a tokenizer.json: it has no model")
+        if '"ByteLevel"' not in json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")]):
+            raise ValueError("the tokenizer is not byte-level: it has no ByteLevel pre-tokenizer or decoder")
         added = {token["content"]: token["id"] for token in definition.pop("added_tokens", [])}
         missing = [token for token in SPECIAL_TOKENS if token not in added]
         if missing:

@@ -184,24 +184,23 @@ def dry_run_shapes(state: TrainingState) -> None:
 
     Raises MemoryError, with what to change, for a stage that does not fit.
     """
-    seen = set()
-    for index in range(state.plan.step(min(state.step, state.plan.num_steps - 1)).segment.stage_index,
-                       len(state.config.stages)):  # fmt: skip
-        stage = state.config.stages[index]
-        shape = (max(1, state.config.micro_batch_tokens // stage.sequence_length), stage.sequence_length)
-        if shape in seen:
-            continue
-        seen.add(shape)
+    config, first = state.config, state.plan.step(min(state.step, state.plan.num_steps - 1)).segment.stage_index
+    by_shape = {
+        (max(1, config.micro_batch_tokens // stage.sequence_length), stage.sequence_length): stage
+        for stage in reversed(config.stages[first:])
+    }
+    for (rows, length), stage in by_shape.items():
+        shape = (rows * config.layout.pipeline, length)  # a pipeline needs as many micro-batches as ranks
         zeros_BT = torch.zeros(shape, dtype=torch.int64)
-        made_up = Batch(zeros_BT, zeros_BT, torch.arange(shape[1]).expand(shape), torch.ones(shape, dtype=torch.bool))
+        positions_BT = torch.arange(length).expand(shape)
+        made_up = Batch(zeros_BT, zeros_BT, positions_BT, torch.ones(shape, dtype=torch.bool))
         batch = MicroBatch.of(made_up, state.world.device)
-        checkpoint = state.config.activation_checkpointing
+        weights = (stage.mtp_weight, 0.0, config.activation_checkpointing)
         try:
-            forward_backward(state.model, batch, state.world, shape[0], stage.mtp_weight, 0.0, checkpoint)
+            forward_backward(state.model, batch, state.world, rows, *weights, state.pipeline)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "memory" not in str(error):
                 raise
-            rows, length = shape
             raise MemoryError(
                 f"stage {stage.name!r}: {rows} rows of {length} tokens do not fit ({str(error).splitlines()[0]}). "
                 "Lower micro_batch_tokens, set activation_checkpointing=true, or shard over more ranks"

@@ -51,7 +51,7 @@ def test_ids_equal_those_of_renderers(data, any_conversation, tokenizer, exporte
 @relaxed
 @given(data=st.data())
 def test_parsing_ids_equals_renderers(data, any_answer, tokenizer, exported, tools):
-    """The same message from the same sampled ids, up to white space around its parts, which the peer treats otherwise."""
+    """The same message from the same sampled ids, but for white space around its parts."""
     from renderers.glm45 import GLM45Renderer
 
     message = data.draw(any_answer)

@@ -22,7 +22,7 @@ def check(messages: Sequence[Message]) -> None:
             _answer(unanswered, message.get("tool_call_id"), index)
         else:
             calls = message.get("tool_calls") if role == "assistant" else None
-            unanswered = [call.get("id") for call in calls if isinstance(call, Mapping)] if _is_list(calls) else []
+            unanswered = [call.get("id") for call in _as_list(calls) if isinstance(call, Mapping)]
 
 
 def _answer(unanswered: list[str | None], call_id: str | None, index: int) -> None:
@@ -40,8 +40,8 @@ def _answer(unanswered: list[str | None], call_id: str | None, index: int) -> No
         raise ValueError(f"message {index}: tool_call_id {call_id!r} answers no open call; open are {known}")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
 
 
 def text_of(content: Any, index: int) -> str:
@@ -84,7 +84,7 @@ def reasoning_and_content(message: Message, index: int) -> tuple[str, str]:
 def calls_of(message: Message, index: int) -> list[tuple[str, Mapping[str, Any]]]:
     """Return name and arguments of every call of an assistant message, in order."""
     calls = message.get("tool_calls") or ()
-    if not _is_list(calls):
+    if calls and not _as_list(calls):
         raise ValueError(f"message {index}: tool_calls is a {type(calls).__name__}, not a list")
     return [_call_of(call, place, index) for place, call in enumerate(calls)]
 

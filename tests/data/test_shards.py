@@ -145,6 +145,15 @@ def test_every_cut_is_refused_on_opening(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_file_that_is_too_long_is_refused_on_opening(tmp_path, suffix):
+    write(tmp_path / "x", [[1, 2, 3], [4, 5]])
+    with (tmp_path / f"x.{suffix}").open("ab") as file:
+        file.write(b"\0" * 3)
+    with pytest.raises(ValueError, match=rf"x\.{suffix}"):
+        Shard(tmp_path / "x")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_every_flipped_byte_is_found(tmp_path, suffix):
     entry = write(tmp_path / "x", [[1, 2, 3], [4, 5]])
     path = tmp_path / f"x.{suffix}"

@@ -1,4 +1,4 @@
-"""The state machine behind the output parser: takes text and tags in order, gives OpenAI deltas and problems.
+"""The state machine behind the output parser: takes text and tags in order, writes OpenAI deltas and problems.
 
 It knows nothing of chunks or tokens: a run of text may come in any pieces, and nothing that the machine emits or
 reports depends on where they were cut.
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glm45.text.arguments import ValueKind, convert, escape, tool_parameters, value_kind
+from glm45.text.deltas import DeltaWriter, FragmentKind
 from glm45.text.special_tokens import (
     ARG_KEY,
     ARG_KEY_END,
@@ -20,9 +21,6 @@ from glm45.text.special_tokens import (
     TOOL_CALL_END,
 )
 from glm45.text.status import FormatStatus, Problem, ProblemKind
-
-Delta = dict[str, Any]
-"""The `delta` of an OpenAI chunk: `content`, `reasoning_content` or `tool_calls`."""
 
 WHITE_SPACE = " \t\r\n"
 BAD_NAME = re.compile(r"[\s<>{}\"'`]")
@@ -44,23 +42,19 @@ class AnswerMachine:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None, reasoning_open: bool, call_id_prefix: str) -> None:
         self._tools = tool_parameters(tools)
-        self._call_id_prefix = call_id_prefix
+        self.out = DeltaWriter(call_id_prefix)
         self.in_value = False
         """Whether only `</arg_value>` is a tag now."""
 
         self._end: str | None = None  # the token that ends the turn, once seen
-        self._deltas: list[Delta] = []
-        self._kind = ""  # of the fragments that wait to become one delta
-        self._fragments: list[str] = []
         self._problems: list[Problem] = []
 
-        self._prose = "reasoning_content" if reasoning_open else "content"
+        self._prose: FragmentKind = "reasoning_content" if reasoning_open else "content"
         self._wrote: set[str] = set()  # kinds of prose written so far
         self._fresh = not reasoning_open  # whether no tag was taken yet: reasoning may still open
         self._in_prose = False  # whether this stretch of prose has text and not only white space
         self._space: list[str] = []  # white space that is part of the prose only if text follows
 
-        self._call = -1  # index in tool_calls
         self._call_start = 0
         self._closed_calls: list[int] = []
         self._parameters: Mapping[str, Any] = {}
@@ -96,13 +90,7 @@ class AnswerMachine:
             self._refuse_call("truncated_call", "the text ends in the name of a call")
         elif text != self._refused_text:
             self._finish_arguments(text)
-            self._report("truncated_call", "the text ends inside a call", self._call_start, self._call)
-
-    def drain(self) -> list[Delta]:
-        """Return the deltas since the last time."""
-        self._join_fragments()
-        deltas, self._deltas = self._deltas, []
-        return deltas
+            self._report("truncated_call", "the text ends inside a call", self._call_start, self.out.call)
 
     @property
     def status(self) -> FormatStatus:
@@ -110,22 +98,6 @@ class AnswerMachine:
         spoilt = {problem.call for problem in self._problems if problem.kind != "layout"}
         whole = tuple(call for call in self._closed_calls if call not in spoilt)
         return FormatStatus(tuple(sorted(self._problems, key=lambda problem: problem.position)), self._end, whole)
-
-    def _emit(self, kind: str, text: str) -> None:
-        if kind != self._kind:
-            self._join_fragments()
-            self._kind = kind
-        self._fragments.append(text)
-
-    def _join_fragments(self) -> None:
-        if not self._fragments:
-            return
-        text = "".join(self._fragments)
-        self._fragments = []
-        if self._kind == "arguments":
-            self._deltas.append({"tool_calls": [{"index": self._call, "function": {"arguments": text}}]})
-        else:
-            self._deltas.append({self._kind: text})
 
     def _report(self, kind: ProblemKind, detail: str, position: int, call: int | None = None) -> None:
         self._problems.append(Problem(kind, position, detail, call))
@@ -157,11 +129,11 @@ class AnswerMachine:
             space = "".join(self._space) + body
             self._space.clear()
             # Newlines before the first text are the format's, not the answer's.
-            self._emit(self._prose, space if self._prose in self._wrote else space.lstrip("\n"))
+            self.out.write(self._prose, space if self._prose in self._wrote else space.lstrip("\n"))
             self._wrote.add(self._prose)
             self._in_prose = True
         else:
-            self._emit(self._prose, body)
+            self.out.write(self._prose, body)
         if len(body) < len(text):
             self._space.append(text[len(body) :])
 
@@ -202,7 +174,7 @@ class AnswerMachine:
     def _end_prose(self) -> None:
         """End prose at a tag: of the white space before it, what stands on the line of the text is prose."""
         if self._in_prose and (space := "".join(self._space).partition("\n")[0]):
-            self._emit(self._prose, space)
+            self.out.write(self._prose, space)
         self._space.clear()
         self._in_prose = False
         self._fresh = False
@@ -212,7 +184,7 @@ class AnswerMachine:
         if not self._in_prose:
             space = space.lstrip("\n") if self._fresh else ""
         if space:
-            self._emit(self._prose, space)
+            self.out.write(self._prose, space)
         if self._prose == "reasoning_content":
             self._report("unclosed_reasoning", "the text ends inside reasoning", position)
 
@@ -258,10 +230,9 @@ class AnswerMachine:
             self._buffer = [text + newline]
             self._refuse_call("bad_name", f"no function can be called {name[:80]!r}")
             return
-        self._join_fragments()  # those of the call before
-        self._call += 1
+        self.out.open_call(name)
         if self._tools is not None and not known:
-            self._report("unknown_tool", f"there is no tool {name!r}", self._call_start, self._call)
+            self._report("unknown_tool", f"there is no tool {name!r}", self._call_start, self.out.call)
         self._parameters = (self._tools or {}).get(name, {})
         self._kinds = self._kinds_by_tool.setdefault(name, {})
         self._keys = set()
@@ -269,16 +240,11 @@ class AnswerMachine:
         self._in_stray = False
         self._expected_gap = "" if name == text else None
         if name != text or "".join(self._gap):
-            self._report("layout", "white space around the name", self._call_start, self._call)
+            self._report("layout", "white space around the name", self._call_start, self.out.call)
             self._expected_gap = None
         self._gap = []
         self.text, self.tag = self._between_text, self._between_tag
-        function = {"name": name, "arguments": ""}
-        call_id = f"{self._call_id_prefix}{self._call}"
-        self._deltas.append(
-            {"tool_calls": [{"index": self._call, "id": call_id, "type": "function", "function": function}]}
-        )
-        self._emit("arguments", "{")
+        self.out.write("arguments", "{")
 
     def _refuse_call(self, kind: ProblemKind, detail: str) -> None:
         """Take what was read of a call without a good name for content, and what follows up to its end as well."""
@@ -299,7 +265,7 @@ class AnswerMachine:
 
     def _write_stray(self, text: str) -> None:
         """Make content of what fits nowhere, as it is written."""
-        self._emit("content", text)
+        self.out.write("content", text)
         self._wrote.add("content")
 
     # Calls: between arguments
@@ -311,7 +277,7 @@ class AnswerMachine:
             if not body:
                 return
             self._report(
-                "stray_text", "text between the arguments of a call", position + len(text) - len(body), self._call
+                "stray_text", "text between the arguments of a call", position + len(text) - len(body), self.out.call
             )
             self._in_stray = True
             text = body
@@ -325,14 +291,14 @@ class AnswerMachine:
             self._buffer = []
             self.text, self.tag = self._key_text, self._key_tag
         elif tag == TOOL_CALL_END:
-            self._emit("arguments", "}")
-            self._closed_calls.append(self._call)
+            self.out.write("arguments", "}")
+            self._closed_calls.append(self.out.call)
             self._start_content()
         elif tag == TOOL_CALL:
-            self._report("unclosed_call", f"another call begins before {TOOL_CALL_END}", position, self._call)
+            self._report("unclosed_call", f"another call begins before {TOOL_CALL_END}", position, self.out.call)
             self._start_call(position)
         else:
-            self._report("stray_tag", f"{tag} between the arguments of a call", position, self._call)
+            self._report("stray_tag", f"{tag} between the arguments of a call", position, self.out.call)
             self._write_stray(tag)
             self._in_stray = True
 
@@ -341,7 +307,7 @@ class AnswerMachine:
         expected, gap = self._expected_gap, self._gap
         self._gap = []
         if expected is not None and expected != "".join(gap):
-            self._report("layout", "white space between the tags of a call", position, self._call)
+            self._report("layout", "white space between the tags of a call", position, self.out.call)
             self._expected_gap = None
 
     def _expect_newline(self) -> None:
@@ -377,7 +343,7 @@ class AnswerMachine:
             self._expect_newline()
             self.text, self.tag = self._after_key_text, self._after_key_tag
         else:
-            self._report("unclosed_key", f"{tag} before {ARG_KEY_END}", self._key_start, self._call)
+            self._report("unclosed_key", f"{tag} before {ARG_KEY_END}", self._key_start, self.out.call)
             self._write_stray(ARG_KEY + written)
             self._go_between()
             self.tag(tag, position)
@@ -400,7 +366,7 @@ class AnswerMachine:
 
     def _give_up_key(self) -> None:
         detail = f"no {ARG_VALUE} after the key {self._key[:80]!r}"
-        self._report("missing_value", detail, self._key_start, self._call)
+        self._report("missing_value", detail, self._key_start, self.out.call)
         self._write_stray(ARG_KEY + self._key + ARG_KEY_END + "".join(self._gap))
         self._go_between()
 
@@ -413,15 +379,15 @@ class AnswerMachine:
     def _start_value(self) -> None:
         key = self._key.strip(WHITE_SPACE)
         if key in self._keys:
-            self._report("duplicate_argument", f"the key {key[:80]!r} again", self._key_start, self._call)
-        self._emit("arguments", f'{self._separator()}"{escape(key)}": ')
+            self._report("duplicate_argument", f"the key {key[:80]!r} again", self._key_start, self.out.call)
+        self.out.write("arguments", f'{self._separator()}"{escape(key)}": ')
         self._keys.add(key)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = value_kind(self._parameters, key)
         self._value_kind = kind
         if self._value_kind == "string":
-            self._emit("arguments", '"')
+            self.out.write("arguments", '"')
         self._buffer = []
         self.in_value = True
         self.text, self.tag = self._value_text, self._value_tag
@@ -431,27 +397,27 @@ class AnswerMachine:
 
     def _value_text(self, text: str, position: int) -> None:
         if self._value_kind == "string":
-            self._emit("arguments", escape(text))
+            self.out.write("arguments", escape(text))
             return
         self._buffer.append(text)
         if self._value_kind == "nullable_string":
             written = "".join(self._buffer)
             if not "null".startswith(written):
                 self._value_kind = "string"
-                self._emit("arguments", '"' + escape(written))
+                self.out.write("arguments", '"' + escape(written))
 
     def _value_tag(self, tag: str, position: int) -> None:
         assert tag == ARG_VALUE_END, tag
         written = "".join(self._buffer)
         if self._value_kind == "string":
-            self._emit("arguments", '"')
+            self.out.write("arguments", '"')
         elif self._value_kind == "nullable_string":
-            self._emit("arguments", "null" if written == "null" else f'"{escape(written)}"')
+            self.out.write("arguments", "null" if written == "null" else f'"{escape(written)}"')
         else:
             converted = convert(written, self._value_kind)
-            self._emit("arguments", converted.json)
+            self.out.write("arguments", converted.json)
             if converted.problem:
-                self._report("not_json", f"{self._key[:80]!r} is {converted.problem}", self._key_start, self._call)
+                self._report("not_json", f"{self._key[:80]!r} is {converted.problem}", self._key_start, self.out.call)
         self.in_value = False
         self._expect_newline()
         self._go_between()
@@ -459,8 +425,8 @@ class AnswerMachine:
     def _finish_arguments(self, state: Handler) -> None:
         """Put what was cut short in the arguments, as JSON text that does not close."""
         if state == self._key_text:
-            self._emit("arguments", f'{self._separator()}"{escape("".join(self._buffer))}')
+            self.out.write("arguments", f'{self._separator()}"{escape("".join(self._buffer))}')
         elif state == self._after_key_text:
-            self._emit("arguments", f'{self._separator()}"{escape(self._key)}"')
+            self.out.write("arguments", f'{self._separator()}"{escape(self._key)}"')
         elif state == self._value_text and self._value_kind != "string":
-            self._emit("arguments", f'"{escape("".join(self._buffer))}')
+            self.out.write("arguments", f'"{escape("".join(self._buffer))}')

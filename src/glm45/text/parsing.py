@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from glm45.text.machine import AnswerMachine, Delta
+from glm45.text.deltas import Delta, join_deltas
+from glm45.text.machine import AnswerMachine
 from glm45.text.special_tokens import (
     ARG_KEY,
     ARG_KEY_END,
@@ -80,31 +81,6 @@ def parse_ids(
     return Parsed(join_deltas(deltas + parser.finish()), parser.status)
 
 
-def join_deltas(deltas: Sequence[Delta]) -> dict[str, Any]:
-    """Return the assistant message that a stream of deltas adds up to."""
-    prose: dict[str, list[str]] = {"content": [], "reasoning_content": []}
-    calls: list[dict[str, Any]] = []
-    arguments: list[list[str]] = []
-    for delta in deltas:
-        for kind, value in delta.items():
-            if kind != "tool_calls":
-                prose[kind].append(value)
-                continue
-            for call in value:
-                if "id" in call:
-                    calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
-                    arguments.append([])
-                arguments[call["index"]].append(call["function"]["arguments"])
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(prose["content"]) or None}
-    if prose["reasoning_content"]:
-        message["reasoning_content"] = "".join(prose["reasoning_content"])
-    for call, parts in zip(calls, arguments, strict=True):
-        call["function"]["arguments"] = "".join(parts)
-    if calls:
-        message["tool_calls"] = calls
-    return message
-
-
 class StreamParser:
     """The parser of a stream: feed it text, or ids with a tokenizer, in any pieces, then finish.
 
@@ -135,7 +111,7 @@ class StreamParser:
             self._held = ""
         elif text and "<" not in text:
             machine.text(text, offset)
-            return machine.drain()
+            return machine.out.drain()
         at = 0
         while at < len(text):
             start, end = self._next_tag(text, at)
@@ -152,7 +128,7 @@ class StreamParser:
             else:
                 self._take_tag(tag, offset + start)
             at = end
-        return machine.drain()
+        return machine.out.drain()
 
     def feed_ids(self, ids: Sequence[int]) -> list[Delta]:
         """Take token ids and return what they complete; the bytes of a character cut in two wait for the next."""
@@ -171,7 +147,7 @@ class StreamParser:
             self._position += len(tag)
             plain = []
         self._take_text(self._decoder.feed(plain))
-        return machine.drain()
+        return machine.out.drain()
 
     def finish(self) -> list[Delta]:
         """End the stream: return what was held back, and report what is still open."""
@@ -179,7 +155,7 @@ class StreamParser:
         self._take_text(self._held + (self._decoder.finish() if self._decoder else ""))
         self._held = ""
         self._machine.finish(self._position)
-        return self._machine.drain()
+        return self._machine.out.drain()
 
     def _take_text(self, text: str) -> None:
         if text:

@@ -240,6 +240,28 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(build, prompts
     assert len(engine.generate(prompts, SamplingParams(max_tokens=4))) == len(prompts)
 
 
+def test_a_request_without_any_token_left_fails_alone(build, prompts):
+    engine = build()
+    banned = SamplingParams(max_tokens=9, logit_bias={token: float("-inf") for token in range(320)})
+
+    async def run():
+        calls = [engine.generate_async(prompts[0], params) for params in (banned, SamplingParams(max_tokens=9))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    failed, finished = asyncio.run(run())
+    assert "ban every token" in str(failed)
+    assert finished[0].finish_reason == "length"
+
+
+def test_weights_that_diverged_are_told(build, model, prompts):
+    diverged = copy.deepcopy(model)
+    with torch.no_grad():
+        diverged.lm_head.weight.fill_(float("nan"))
+    for backend in ("model", "auto"):
+        with pytest.raises(ArithmeticError, match="not finite"):
+            build(of=diverged, backend=backend).generate(prompts, SamplingParams(max_tokens=2))
+
+
 def test_pause_holds_requests_and_close_aborts_them(model, prompts):
     engine = Engine(model, None, EngineConfig(backend="model"))
     engine.pause()

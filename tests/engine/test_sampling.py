@@ -75,11 +75,6 @@ def test_bias_bans_and_minimum_length_hold():
     torch.testing.assert_close(probs_NV[0, 4] / probs_NV[0, 5], torch.tensor(1.0).exp())
 
 
-def test_a_row_without_any_token_left_is_refused():
-    with pytest.raises(ValueError, match="no token can be sampled"):
-        distribution(torch.full((1, 4), float("-inf")), [sequence_with()])
-
-
 def test_draws_follow_the_distribution():
     probs_V = torch.softmax(torch.randn(30, generator=torch.Generator().manual_seed(3)), 0)
     probs_V[7] = 0

@@ -101,7 +101,7 @@ class Core:
         hidden, first_rows = self.runner.compute(plan)
         ready: list[tuple[Sequence, int]] = []
         for (sequence, count), row in zip(plan.work, first_rows, strict=True):
-            if sequence.num_pending_tokens == 0:
+            if not sequence.num_pending_tokens:
                 last = row + count - 1
                 ready.append((sequence, last))
                 if not sequence.num_output_tokens:
@@ -129,6 +129,11 @@ class Core:
     def _accept(self, sampled: Sampled) -> None:
         """Append new tokens, up to the first that ends the sample."""
         sequence = sampled.sequence
+        if not sampled.token_ids:
+            self._fail(sequence.request, "logit_bias, constraint and min_tokens together ban every token")
+            return
+        if any(logprob != logprob for logprob in sampled.logprobs):
+            raise ArithmeticError("the model's logits are not finite: its weights have diverged or were never set")
         num_accepted = len(sampled.token_ids) - 1
         self.totals.drafted_tokens += len(sequence.drafts)
         self.totals.accepted_tokens += num_accepted
@@ -169,6 +174,13 @@ class Core:
         if sequence.draft_state is not None:
             num_computed = min(num_computed, sequence.draft_state.next_slot)
         self.blocks.commit(sequence.table, sequence.token_ids, num_computed)
+
+    def _fail(self, request: Request, reason: str) -> None:
+        """End a request that cannot go on, and no other."""
+        job = self.jobs.get(request.id)
+        if job is not None:
+            self.scheduler.abort(request)
+            self._end(job, ValueError(f"request {request.id}: {reason}"))
 
     def _report(self, sequence: Sequence) -> None:
         """Hand new tokens to the stream, and the result to whoever waits once every sample has ended."""

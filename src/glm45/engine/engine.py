@@ -21,6 +21,7 @@ from glm45.config import configuration
 from glm45.engine import native
 from glm45.engine.backend import Backend, ModelBackend
 from glm45.engine.blocks import BlockManager
+from glm45.engine.constraints import Grammars
 from glm45.engine.core import Core, Job, Result
 from glm45.engine.detokenizer import Detokenizer
 from glm45.engine.request import Completion, Delta, Request, SamplingParams, Sequence
@@ -83,6 +84,7 @@ class Engine:
         self._paused = self._closed = False
         self._at_boundary: Callable[[], None] | None = None  # runs once nothing is running any more
         self._outbox: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        self._compiled: Grammars | None = None  # made when the first constraint comes
         self._num_requests = 0
         self._ids: set[str] = set()  # of requests handed over and not ended
 
@@ -265,6 +267,10 @@ class Engine:
             decoder = self._need_tokenizer("text (stop strings, detokenize)")
             for sequence in sequences:
                 sequence.text = Detokenizer(decoder, params.stop)
+        if params.constraint is not None:
+            grammars = self._grammars()
+            for sequence in sequences:
+                sequence.matcher = grammars.matcher(params.constraint)
         return Job(request, sequences, done)
 
     @staticmethod
@@ -301,6 +307,13 @@ class Engine:
         if self.tokenizer is None:
             raise ValueError(f"{what} needs a tokenizer, and this engine has none: pass token ids only")
         return self.tokenizer
+
+    def _grammars(self) -> Grammars:
+        tokenizer = self._need_tokenizer("a constraint")
+        with self._wake:
+            if self._compiled is None:
+                self._compiled = Grammars(tokenizer, self.model.config.vocab_size)
+        return self._compiled
 
     def _submit(self, jobs: list[Job]) -> None:
         """Hand over jobs together, so that they are scheduled together. Raises ValueError for an id in use."""

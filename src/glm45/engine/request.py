@@ -15,16 +15,18 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @configuration
 class Constraint:
-    """A grammar that the output must follow. Exactly one field is set; needs an engine with a tokenizer."""
+    """A grammar that the output must follow. One of the first four fields is set; needs an engine with a tokenizer."""
 
     json_schema: dict[str, Any] | None = None
     """The output is one JSON value of this schema."""
     json_object: bool = False
     """The output is any JSON object."""
     tools: tuple[dict[str, Any], ...] | None = None
-    """The output is reasoning and one or more calls, in the report's XML form, of these OpenAI-style tools."""
+    """The output is one or more calls, in the report's XML form, of these OpenAI-style tools."""
     grammar: str | None = None
     """The output follows this grammar, in xgrammar's EBNF."""
+    reasoning: bool = True
+    """Whether reasoning may come first, as `<think>...</think>`; a `grammar` says so itself."""
 
     def __post_init__(self) -> None:
         given = [self.json_schema is not None, self.json_object, self.tools is not None, self.grammar is not None]

@@ -16,6 +16,7 @@ from glm45.engine.sampling import (
     TOKEN_STREAM,
     distribution,
     draw,
+    is_dead,
     reported_logprobs,
     shape_logits,
     top_logprobs,
@@ -31,7 +32,7 @@ class Sampled:
 
     sequence: Sequence
     token_ids: list[int]
-    """One token, or accepted drafts and one more."""
+    """One token, or accepted drafts and one more; none where every token is banned."""
     logprobs: list[float]
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
@@ -108,6 +109,11 @@ class Runner:
         logprobs_RV = reported_logprobs(logits_RV, owners)
         mask_logits(logits_RV, owners)
         shape_logits(logits_RV, owners, drafted)
+        dead = {owner for owner, banned in zip(owners, is_dead(logits_RV), strict=True) if banned}
+        if dead:
+            alive = [pair for pair in rows if pair[0] not in dead]
+            ended = [Sampled(sequence, [], []) for sequence, _ in rows if sequence in dead]
+            return ended + (self._sample_shaped(hidden, alive) if alive else [])
         probs_RV = distribution(logits_RV, owners)
         sequences = [sequence for sequence, _ in rows]
         if any(sequence.drafts for sequence in sequences):

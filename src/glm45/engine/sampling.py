@@ -61,7 +61,7 @@ def shape_logits(logits_NV: torch.Tensor, sequences: Rows["Sequence"], drafted: 
 def distribution(logits_NV: torch.Tensor, sequences: Rows["Sequence"]) -> torch.Tensor:
     """Return the probabilities `[N, V]` that rows are drawn from: temperature, top-k, top-p, min-p, in this order.
 
-    A greedy row is one at its largest logit. Raises ValueError if a row has no token left (everything banned).
+    A greedy row is one at its largest logit. A row whose every logit is -inf comes out as NaN: see `is_dead`.
     """
     params = [sequence.request.params for sequence in sequences]
 
@@ -75,13 +75,16 @@ def distribution(logits_NV: torch.Tensor, sequences: Rows["Sequence"]) -> torch.
         keep_NV = _kept(scaled_NV, top_k, column([p.top_p for p in params]), column([p.min_p for p in params]))
         scaled_NV = scaled_NV.masked_fill(~keep_NV, float("-inf"))
     best_N = logits_NV.argmax(-1)
-    if bool(torch.isinf(logits_NV.gather(1, best_N[:, None])).any()):
-        raise ValueError("no token can be sampled: logit bias, grammar and minimum length ban every one")
     probs_NV = torch.softmax(scaled_NV, dim=-1)
     if bool(greedy_N.any()):
         probs_NV[greedy_N] = 0
         probs_NV[greedy_N, best_N[greedy_N]] = 1
     return probs_NV
+
+
+def is_dead(logits_NV: torch.Tensor) -> list[bool]:
+    """Return for each row whether every token is banned: by logit bias, grammar and minimum length together."""
+    return torch.isneginf(logits_NV.amax(-1)).tolist()
 
 
 def _kept(scaled_NV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,118 @@
+"""Under a grammar, whatever a random model says is what was asked for, and the parser reads it back."""
+
+import json
+
+import jsonschema_rs
+import pytest
+import torch
+
+from glm45.engine.request import Constraint, SamplingParams
+from glm45.model.config import preset
+from glm45.model.transformer import Glm45
+from glm45.text.parsing import parse
+from glm45.text.tokenizer import Tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z ]{1,8}$"},
+        "kind": {"enum": ["cat", "dog"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "sizes"],
+    "additionalProperties": False,
+}
+TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "enum": ["Beijing", 'the "old" town']},
+                    "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                    "units": {"$ref": "#/$defs/units"},
+                },
+                "required": ["city", "days"],
+                "$defs": {"units": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}},
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "stop_it"}},
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the cat sat on the mat, {} [] 123 true false"] * 3, 300)
+
+
+@pytest.fixture
+def engine(build, tokenizer):
+    values = {**preset("pico").to_hub(), "vocab_size": tokenizer.padded_vocab_size, "rope_parameters": None}
+    model = Glm45(type(preset("pico")).from_hub(values), seed=2)
+    with torch.no_grad():
+        # A random model reasons for ever: let it close what it opens.
+        for token in ("</think>", "</tool_call>", "</arg_value>", "<|user|>"):
+            model.lm_head.weight[tokenizer.special_id(token)] *= 2
+    return build(tokenizer=tokenizer, of=model)
+
+
+def answers(engine, constraint, count=12, **params):
+    bias = {engine.tokenizer.special_id("<|user|>"): 3.0, engine.tokenizer.special_id("</think>"): 4.0}
+    params = SamplingParams(
+        n=count, max_tokens=300, seed=1, detokenize=True, constraint=constraint, logit_bias=bias, **params
+    )
+    [completions] = engine.generate(["x"], params)
+    return completions
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_json_follows_its_schema(engine, reasoning):
+    completions = answers(engine, Constraint(json_schema=SCHEMA, reasoning=reasoning))
+    finished = [completion for completion in completions if completion.finish_reason == "stop"]
+    assert len(finished) >= 6
+    for completion in finished:
+        message = parse(completion.text).message
+        assert jsonschema_rs.is_valid(SCHEMA, json.loads(message["content"]))
+    assert any("<think>" in completion.text for completion in finished) == reasoning
+
+
+def test_tool_calls_are_read_back_with_arguments_of_their_schema(engine):
+    completions = answers(engine, Constraint(tools=TOOLS))
+    finished = [completion for completion in completions if completion.finish_reason == "stop"]
+    assert len(finished) >= 6
+    names = set()
+    for completion in finished:
+        parsed = parse(completion.text, TOOLS)
+        assert parsed.message["tool_calls"]
+        assert not parsed.message.get("content")
+        for call in parsed.message["tool_calls"]:
+            names.add(call["function"]["name"])
+            if call["function"]["name"] == "get_weather":
+                schema = TOOLS[0]["function"]["parameters"]
+                assert jsonschema_rs.is_valid(schema, json.loads(call["function"]["arguments"]))
+    assert names == {"get_weather", "stop_it"}
+
+
+def test_logprobs_under_a_grammar_are_the_models_own(engine, forward_logprobs):
+    for completion in answers(engine, Constraint(json_object=True, reasoning=False), count=2):
+        expected = forward_logprobs(engine.model, engine.tokenizer.encode("x"), completion.token_ids)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_a_grammar_of_ones_own(engine):
+    completions = answers(engine, Constraint(grammar='root ::= "yes" | "no"'), count=6)
+    assert {completion.text.removesuffix("<|user|>") for completion in completions} == {"yes", "no"}
+
+
+@pytest.mark.parametrize("constraint", [Constraint(json_schema={"type": "nonsense"}), Constraint(grammar="root ::= (")])
+def test_what_cannot_be_compiled_is_refused_at_once(engine, constraint):
+    with pytest.raises(ValueError, match="the constraint cannot be enforced"):
+        answers(engine, constraint)
+
+
+def test_exactly_one_constraint_is_given():
+    with pytest.raises(ValueError, match="exactly one"):
+        Constraint(json_object=True, grammar="root ::= x")

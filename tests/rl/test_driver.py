@@ -1,0 +1,150 @@
+"""The driver: a run killed again and again writes the metrics of one that never was; wrong runs are refused clearly."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from glm45.config import to_dict
+from glm45.environments.protocol import Task, user
+from glm45.environments.tasks import write_tasks
+from glm45.model import hub
+from glm45.rl.config import LossConfig, RLConfig, RLEvaluationConfig, RolloutConfig
+from glm45.rl.curriculum import CurriculumStage, LengthSchedule
+from glm45.rl.state import open_run, read_task_files
+from glm45.rl.temperature import TemperatureConfig
+
+# Runs the driver; KILL_AT="part:n" ends the process by SIGKILL the n-th time that part of a step is reached.
+WORKER = textwrap.dedent(
+    """
+    import json, os, signal, sys
+    import torch
+    from glm45.config import from_dict
+    from glm45.rl import driver, rollout, update
+    from glm45.rl.config import RLConfig
+
+    torch.set_num_threads(1)
+    part, _, number = os.environ.get("KILL_AT", ":0").partition(":")
+    reached = {"count": 0}
+
+    def mined(owner, name):
+        original = getattr(owner, name)
+        def function(*arguments, **named):
+            reached["count"] += 1
+            if reached["count"] == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **named)
+        setattr(owner, name, function)
+
+    places = {
+        "rollout": (rollout.Rollout, "_sample"),
+        "scoring": (rollout.Rollout, "_judge"),
+        "training": (update.PolicyTrainer, "_forward"),
+        "hand-over": (driver.InProcessClient, "update_weights"),
+        "checkpoint": (driver.Checkpoints, "_write"),
+    }
+    if part:
+        mined(*places[part])
+    driver.run_rl(from_dict(RLConfig, json.load(open(sys.argv[1]))), sys.argv[2])
+    """
+)
+
+
+def word_tasks(first: int, count: int) -> list[Task]:
+    """Prompts that random text answers rightly about half of the time."""
+    return [
+        Task(
+            task_id=str(number),
+            verifier="instructions",
+            messages=[user(f"{number}?")],
+            answer=None,
+            metadata={"constraints": {"excludes": "7", "max_words": 3}},
+        )
+        for number in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def config(tmp_path, make_model, tokenizer):
+    hub.save(make_model(), tmp_path / "policy")
+    tokenizer.save(tmp_path / "policy")
+    write_tasks(tmp_path / "train.jsonl", word_tasks(0, 20))
+    write_tasks(tmp_path / "held_out.jsonl", word_tasks(100, 6))
+    return RLConfig(
+        name="test",
+        policy=str(tmp_path / "policy"),
+        tasks=str(tmp_path / "train.jsonl"),
+        held_out=str(tmp_path / "held_out.jsonl"),
+        steps=6,
+        stages=(
+            CurriculumStage(prompts_per_step=3, samples_per_prompt=4, until_step=3),
+            CurriculumStage(prompts_per_step=2, samples_per_prompt=6),
+        ),
+        lengths=LengthSchedule(caps=((0, 12), (2, 16))),
+        temperature=TemperatureConfig(candidates=(0.8, 1.2), plateau_window=1, plateau_gain=1.0),
+        loss=LossConfig(lr=1e-3, num_minibatches=2),
+        rollout=RolloutConfig(max_staleness=1),
+        evaluation=RLEvaluationConfig(every=3, num_tasks=6, num_samples=2),
+        checkpoint_every=2,
+    )
+
+
+def run(config, folder, kill_at=""):
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(to_dict(config)))
+    environment = os.environ | {"KILL_AT": kill_at or ":0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", WORKER, str(path), str(folder)], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_every_part_of_a_step_the_run_ends_the_same(config, tmp_path):
+    whole = run(config, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for kill_at in ("rollout:60", "scoring:150", "training:13", "hand-over:3", "checkpoint:1"):
+        killed = run(config, tmp_path / "killed", kill_at)
+        assert killed.returncode == -9, (kill_at, killed.stdout, killed.stderr)
+    last = run(config, tmp_path / "killed")
+    assert last.returncode == 0, last.stderr
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    for one, other in zip(*lines, strict=True):
+        assert one == other
+    rows = [json.loads(line) for line in lines[0]]
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["stage"] for row in rows[1:]] == [0, 0, 0, 1, 1, 1]
+    assert [row["cap"] for row in rows[1:]] == [12, 12, 16, 16, 16, 16]
+    assert "temperature_choice" in rows[2]
+    assert rows[1]["max_mismatch"] < 1e-4
+    weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_a_folder_of_another_run_is_refused(config, tmp_path):
+    import dataclasses
+
+    open_run(tmp_path / "run", config)
+    open_run(tmp_path / "run", dataclasses.replace(config, steps=12))
+    with pytest.raises(ValueError, match="other values of seed"):
+        open_run(tmp_path / "run", dataclasses.replace(config, seed=5))
+
+
+def test_a_prompt_in_both_files_is_refused(config, tmp_path):
+    write_tasks(tmp_path / "held_out.jsonl", word_tasks(19, 3))
+    with pytest.raises(ValueError, match="1 prompts are in both"):
+        read_task_files(config)
+
+
+def test_only_expert_verified_science_is_kept_when_asked(config, tmp_path):
+    import dataclasses
+
+    from glm45.environments.science import science_task
+
+    science = [science_task(f"q{i}", f"q{i}?", ["a", "b"], 0, expert_verified=i == 0) for i in range(4)]
+    write_tasks(tmp_path / "train.jsonl", [*science, *word_tasks(0, 2)])
+    kept, _ = read_task_files(dataclasses.replace(config, expert_verified_only=True))
+    assert sorted(task.task_id for task in kept) == ["0", "1", "q0"]
+    assert len(read_task_files(config)[0]) == 6

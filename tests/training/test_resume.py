@@ -77,6 +77,7 @@ def test_killed_runs_equal_the_uninterrupted_one(seed, toy_recipe, tmp_path, uni
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(3600)
 def test_twenty_killed_runs_equal_the_uninterrupted_one(toy_recipe, tmp_path, uninterrupted):
     expected_folder, weights, duration = uninterrupted
     all_kills = all_in_save = 0

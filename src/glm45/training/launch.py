@@ -59,6 +59,8 @@ def launch(arguments: list[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # glibc returns large blocks to the system at every free; training asks for the same ones again at every step.
+    common |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
     common |= {
         LAUNCHER: str(os.getpid()),
         "OMP_NUM_THREADS": "1",

@@ -31,7 +31,7 @@ from glm45.training.parallel import World
 from glm45.training.progress import Display
 from glm45.training.run import Run, TrainConfig
 from glm45.training.schedule import Step
-from glm45.training.state import TrainingState, describe, describe_facts
+from glm45.training.state import TrainingState, describe, settle_facts
 
 
 class RunStoppedError(Exception):
@@ -53,7 +53,8 @@ def train(run: Run, data: DataFolder | None = None, tokenizer: Tokenizer | None 
     tokenizer = tokenizer or load_tokenizer(config)
     world = World.start(config.layout)
     try:
-        facts = describe_facts(config, world.device, tokenizer.fingerprint if tokenizer else "none")
+        fingerprint = tokenizer.fingerprint if tokenizer else "none"
+        facts = settle_facts(config, world, run.checkpoints, fingerprint)
         state = TrainingState.begin(config, world, facts)
         batches = Batches(config, state.plan, data, world)
         if world.rank == 0:

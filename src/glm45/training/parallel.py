@@ -113,6 +113,13 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
+    def first(self, value: str) -> str:
+        """Return the value that rank 0 gives."""
+        values = [value]
+        if self.dense is not None:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def close(self) -> None:
         """Leave the group of processes."""
         if dist.is_initialized():

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from glm45.config import to_dict
+from glm45.kernels.probe import preferred_compute_dtype
 from glm45.model import hub
 from glm45.model.transformer import Glm45
 from glm45.seeds import derive_seed
-from glm45.training.checkpoint import Checkpoints, training_tensors
+from glm45.training.checkpoint import Checkpoints, committed_steps, path_of, read_state, training_tensors
 from glm45.training.guard import Guard
 from glm45.training.health import RouterMonitor
 from glm45.training.optimizers import build_optimizers
@@ -119,19 +120,23 @@ def build_model(config: TrainConfig, world: World) -> Glm45:
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> str:
-    """Return the compute dtype's name: as configured, or what the hardware multiplies faster."""
+    """Return the compute dtype's name: as configured, or what this machine multiplies faster."""
     if config.precision != "auto":
         return config.precision
-    if device.type == "cuda":
-        return "bfloat16"
-    fast_bf16 = Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    # Measured: below a hidden size of 256, bf16 products do not pay for their casts.
-    return "bfloat16" if fast_bf16 and config.model.hidden_size >= 256 else "float32"
+    return str(preferred_compute_dtype(config.model.hidden_size, device)).removeprefix("torch.")
 
 
-def describe_facts(config: TrainConfig, device: torch.device, fingerprint: str) -> dict[str, str]:
-    """Return what must not change while a run lasts."""
-    return {"precision": choose_precision(config, device), "tokenizer": fingerprint}
+def settle_facts(config: TrainConfig, world: World, checkpoints: Path, fingerprint: str) -> dict[str, str]:
+    """Return what must not change while a run lasts, the same on all ranks.
+
+    A probe may choose another precision after a restart, or on another rank: the first choice stays.
+    """
+    steps = committed_steps(checkpoints)
+    if steps and config.precision == "auto":
+        precision = read_state(path_of(checkpoints, steps[-1]))["facts"]["precision"]
+    else:
+        precision = choose_precision(config, world.device)
+    return {"precision": world.first(precision), "tokenizer": fingerprint}
 
 
 def describe(state: TrainingState) -> dict[str, Any]:

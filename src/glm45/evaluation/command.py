@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm45.config import override
+from glm45.evaluation.perplexity import held_out_perplexity
 from glm45.evaluation.runner import SuiteResult, run_suite
 from glm45.evaluation.suites import SuiteOptions, build_suite
 from glm45.evaluation.targets import HttpTarget, LocalTarget, Target
@@ -32,18 +33,30 @@ def evaluate(
     return results
 
 
-def open_target(model: str, served_name: str | None = None) -> Target:
-    """Return the target that `model` names: a URL, a checkpoint folder, or a run folder with a `model` in it."""
-    if model.startswith(("http://", "https://")):
-        return HttpTarget(model, served_name)
+def measure_perplexity(model: str, data: str, length: int) -> None:
+    """Print held-out perplexity by source and by position (the `base` suite's first part)."""
+    folder = checkpoint_folder(model)
+    for name, nats in held_out_perplexity(folder, Path(data), length=length).items():
+        print(f"  {name:<24} {nats.mean:.4f} nats a token  [{nats.low:.4f}, {nats.high:.4f}]  {nats.count} rows")
+
+
+def checkpoint_folder(model: str) -> Path:
+    """Return the folder with weights and tokenizer that `model`, a checkpoint or a run, names."""
     folder = Path(model)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").exists() and (candidate / "tokenizer.json").exists():
-            return LocalTarget.load(candidate)
+            return candidate
     raise FileNotFoundError(
         f"{model} is neither a URL nor a folder with config.json, weights and tokenizer.json (nor a run with such a "
         "folder called model): export a run with glm45 export RUN OUT"
     )
+
+
+def open_target(model: str, served_name: str | None = None) -> Target:
+    """Return the target that `model` names: a URL, a checkpoint folder, or a run folder with a `model` in it."""
+    if model.startswith(("http://", "https://")):
+        return HttpTarget(model, served_name)
+    return LocalTarget.load(checkpoint_folder(model))
 
 
 def describe(result: SuiteResult) -> str:

@@ -15,6 +15,10 @@ from glm45.environments.protocol import Task
 from glm45.environments.reasoning_gym import reasoning_gym_tasks
 from glm45.environments.tasks import split_tasks
 from glm45.environments.tools import tool_tasks
+from glm45.evaluation.benchmarks import BENCHMARKS
+from glm45.evaluation.ifeval import ifeval
+from glm45.evaluation.long_context import needle_tasks
+from glm45.evaluation.pathology import without_pathology
 from glm45.evaluation.runner import Suite, SuiteSettings
 from glm45.evaluation.targets import Sampling
 
@@ -42,6 +46,10 @@ class SuiteOptions:
     """Root of generated tasks."""
     max_tokens: int = 128
     """Most tokens of one answer."""
+    limit: int = 0
+    """Ask only so many tasks of a public benchmark; 0 asks all."""
+    characters: int = 2000
+    """Length of the text in the `long` suite."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """Problems of the arithmetic suites."""
 
@@ -94,13 +102,29 @@ def reasoning(options: SuiteOptions) -> list[Task]:
     return [task for family in REASONING_FAMILIES for task in family_tasks(family)]
 
 
+def pathology(options: SuiteOptions) -> list[Task]:
+    """Questions of every generated family, judged by the form of the answer only."""
+    each = dataclasses.replace(options, num_tasks=max(1, options.num_tasks // 3))
+    return list(without_pathology([*arithmetic(each, thinking=True), *arithmetic(each, thinking=False), *tools(each)]))
+
+
+def benchmark(tasks: Callable[[], Iterator[Task]]) -> Callable[[SuiteOptions], list[Task]]:
+    """Return a suite of a public benchmark's tasks."""
+    return lambda options: list(islice(tasks(), options.limit or None))
+
+
 SUITES: dict[str, Callable[[SuiteOptions], list[Task]]] = {
     "arithmetic-thinking": lambda options: arithmetic(options, thinking=True),
     "arithmetic-direct": lambda options: arithmetic(options, thinking=False),
     "tools": tools,
     "instructions": instructions,
     "reasoning": reasoning,
+    "pathology": pathology,
+    "long": lambda options: list(needle_tasks(options.seed, options.num_tasks, options.characters)),
+    "ifeval": benchmark(ifeval),
+    **{name: benchmark(tasks) for name, tasks in BENCHMARKS.items()},
 }
+"""Generated suites, and public benchmarks whose data `glm45 eval --fetch` brings."""
 
 
 def build_suite(name: str, options: SuiteOptions, settings: SuiteSettings | None = None) -> Suite:

@@ -170,6 +170,11 @@ class Engine:
         """Version of the weights in force."""
         return self._core.weight_version
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def update_weights(
         self, weights: Weights = None, *, version: int | None = None, in_flight: InFlight = "finish"
     ) -> int:

@@ -169,21 +169,29 @@ def fetched():
 def test_leaderboard_gold_scores_one_and_nothing_scores_zero(name, fetched):
     verifier = FunctionVerifier()
     for task in build_suite(name, SuiteOptions(limit=60)).tasks:
-        calls = [
-            tool_call(function_name(f), {k: _choose(v) for k, v in accepted.items() if _choose(v) != ""})
-            for reference in task.answer
-            for f, accepted in reference.items()
-        ]
+        calls = [_gold_call(task, f, accepted) for reference in task.answer for f, accepted in reference.items()]
         assert verifier.score(task, assistant("x", tool_calls=calls)).value == 1, task.task_id
         wrong = [] if calls else [tool_call(task.tools[0]["function"]["name"], {})]
         assert verifier.score(task, assistant("x", tool_calls=wrong)).value == 0, task.task_id
 
 
+def _gold_call(task, name, accepted):
+    """A call with every required argument and, of the others, those that may not be left out."""
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in task.tools}
+    required = schemas[function_name(name)]["required"]
+    chosen = {
+        key: _choose([each for each in options if each != ""])
+        for key, options in accepted.items()
+        if key in required or "" not in options
+    }
+    return tool_call(function_name(name), chosen)
+
+
 def _choose(options):
-    """One accepted value, dictionaries of options included; "" where the argument may be left out."""
-    first = options[0] if options and "" not in options else ""
+    """The first accepted value, dictionaries of options included."""
+    first = options[0]
     if isinstance(first, dict):
-        return {k: _choose(v) for k, v in first.items() if _choose(v) != ""}
+        return {key: _choose(inner) for key, inner in first.items() if "" not in inner}
     if isinstance(first, list) and first and isinstance(first[0], dict):
         return [_choose([each]) for each in first]
     return first

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 is success, 1 a failure told in one line, 2 a usage error, 130 Ctrl-C.
     """
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
@@ -35,6 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"glm45: {message}", file=sys.stderr)
         return 1
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; overrides (`name=value`) may stand before, between and after options."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [each for each in rest if each.startswith("-") or "=" not in each]
+    if strange or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from glm45.serving.errors import ApiError
 from glm45.serving.exchange import event
 from glm45.serving.generation import Generation, Piece, collect
 from glm45.serving.plan import Plan, plan_chat
-from glm45.serving.service import Service, error_responses
+from glm45.serving.service import STREAMED, Service, error_responses
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -22,7 +22,7 @@ def router(service: Service) -> APIRouter:
     """Return the endpoints."""
     routes = APIRouter(tags=["Anthropic"], responses=error_responses())
 
-    @routes.post("/v1/messages")
+    @routes.post("/v1/messages", responses=STREAMED)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
         service.check_model(body.model)

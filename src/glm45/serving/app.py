@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
 from glm45 import __version__
-from glm45.serving import admin, anthropic, openai
+from glm45.serving import admin, anthropic, openai, sglang
 from glm45.serving.door import Door
 from glm45.serving.errors import ApiError, ErrorResponse, is_anthropic
 from glm45.serving.exchange import CLIENT_LEFT, ClientLeftError
@@ -42,6 +42,7 @@ def build_app(service: Service, allowed_hosts: Iterable[str] = ()) -> FastAPI:
     )
     app.include_router(openai.router(service))
     app.include_router(anthropic.router(service))
+    app.include_router(sglang.router(service))
     app.include_router(admin.router(service))
     _add_page(app)
     _add_error_handlers(app)

@@ -13,7 +13,7 @@ from glm45.serving.exchange import event, merged, openai_error_event
 from glm45.serving.generation import Generation, Piece, Usage, Whole, collect
 from glm45.serving.plan import Plan, plan_chat, plan_completions
 from glm45.serving.schemas import ChatRequest, CompletionRequest
-from glm45.serving.service import Service, error_responses
+from glm45.serving.service import STREAMED, Service, error_responses
 from glm45.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -25,7 +25,7 @@ def router(service: Service) -> APIRouter:
     """Return the endpoints."""
     routes = APIRouter(tags=["OpenAI"], responses=error_responses())
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
         service.check_model(body.model)
@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
             return await service.streamed(plan.params.n, answer.events(), openai_error_event)
         return JSONResponse(await service.whole(request, plan.params.n, answer.whole()))
 
-    @routes.post("/v1/completions")
+    @routes.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue text or token ids, whole or as a stream of server-sent events."""
         service.check_model(body.model)

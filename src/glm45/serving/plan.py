@@ -1,5 +1,6 @@
 """From a chat or completion request to what the engine is asked: token ids, sampling parameters, how to read it."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ class Context(Protocol):
     dialect: DialectName
     max_length: int
     """Most tokens of prompt and output together."""
+    longest_token: int
+    """Bytes of the longest token: a text of more than `max_length` times as many cannot fit."""
 
 
 @dataclass(slots=True)
@@ -117,7 +120,7 @@ def plan_completions(request: CompletionRequest, context: Context) -> list[Plan]
     if max_tokens == 0 and not request.echo:
         raise ApiError(400, "max_tokens is 0: ask for a token, or for echo", param="max_tokens")
     plans = []
-    for prompt_ids in _prompts(request, context.tokenizer):
+    for prompt_ids in _prompts(request, context):
         scored = request.echo and request.logprobs is not None
         params = _params(
             request,
@@ -144,6 +147,7 @@ def render_prompt(
 ) -> list[int]:
     """Return the ids of a conversation. Raises ApiError (400) for what the template cannot render."""
     messages = mark_messages(messages)
+    _check_size(len(json.dumps(messages, ensure_ascii=False)), context)
     if continue_final and messages[-1]["role"] != "assistant":
         raise ApiError(400, "continue_final_message: the last message is not the assistant's", param="messages")
     with as_client_errors("messages"):
@@ -212,6 +216,19 @@ def output_tokens(asked: int | None, num_prompt_tokens: int, context: Context) -
     return asked
 
 
+def _check_size(num_characters: int, context: Context) -> None:
+    """Refuse what is certainly too long before it is tokenized, which takes seconds for megabytes."""
+    fewest = num_characters // (2 * context.longest_token)  # JSON writes a character as two at most, mostly as one
+    if fewest > context.max_length:
+        raise ApiError(
+            400,
+            f"the prompt has {num_characters} characters, at least {fewest} tokens, and the context is "
+            f"{context.max_length} tokens: shorten the conversation",
+            code="context_length_exceeded",
+            param="messages",
+        )
+
+
 def _max_tokens(request: ChatRequest) -> int | None:
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
@@ -255,10 +272,13 @@ def _logit_bias(request: Sampling) -> dict[int, float]:
         raise ApiError(400, f"logit_bias: its keys are token ids, as strings: {error}", param="logit_bias") from None
 
 
-def _prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompts(request: CompletionRequest, context: Context) -> list[list[int]]:
     prompt: Any = request.prompt
+    tokenizer = context.tokenizer
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
+    for one in prompt:
+        _check_size(len(one), context)
     with as_client_errors("prompt"):
         prompts = [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in prompt]
     if not prompts or not all(prompts):

@@ -40,6 +40,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.max_length: int = self.engine.max_length
+        self.longest_token = max(len(self.tokenizer.decode_bytes([i])) for i in range(self.tokenizer.vocab_size))
         self.metrics = Metrics()
         self.gate = Gate(self.limits.samples)
         self.stop = asyncio.Event()
@@ -54,6 +55,16 @@ class Service:
                 f"the model {name!r} is not served here: ask for {self.model_name!r}, or leave model out",
                 code="model_not_found",
                 param="model",
+            )
+
+    def check_admin(self) -> None:
+        """Raise ApiError (403) where the engine may not be changed over HTTP."""
+        if not self.is_admin:
+            raise ApiError(
+                403,
+                "this changes the engine for everyone and is off: start the server with admin=true",
+                kind="permission_error",
+                code="not_admin",
             )
 
     @property
@@ -100,6 +111,18 @@ class Service:
             keepalive_seconds=self.limits.keepalive_seconds,
             metrics=self.metrics,
         )
+
+
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, whole or as server-sent events.",
+        "content": {
+            "application/json": {"schema": {"type": ["object", "array"]}},
+            "text/event-stream": {"schema": {"type": "object", "description": "One event."}},
+        },
+    }
+}
+"""Description of an endpoint that answers in either way, for the OpenAPI document."""
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

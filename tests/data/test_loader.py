@@ -3,6 +3,7 @@
 Tokens of the test folder are unique, so that what was read can be told from the tokens themselves.
 """
 
+import contextlib
 import itertools
 import shutil
 from unittest import mock
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm45.data import rows as rows_module
 from glm45.data import stream
 from glm45.data.folder import DataFolder
 from glm45.data.loader import Loader, held_out_batches, prefetch
@@ -43,7 +45,10 @@ shuffled_in = st.sampled_from([(1 << 18, 1 << 14), (8, 4), (3, 1)])  # documents
 
 def cut_into(sizes):
     """Shuffle and pack in smaller portions, so that few documents go through many."""
-    return mock.patch.multiple(stream, BLOCK=sizes[0], WINDOW=sizes[1], WINDOW_ROWS=1)
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch.object(stream, "BLOCK", sizes[0]))
+    patches.enter_context(mock.patch.multiple(rows_module, WINDOW_DOCUMENTS=sizes[1], WINDOW_ROWS=1, FEWEST_ROWS=1))
+    return patches
 
 
 def in_memory(lengths, masks=None):
@@ -138,14 +143,21 @@ def test_document_ids_positions_and_mask_describe_the_tokens(data_folder):
                 assert batch.loss_mask_BT[row, column]
 
 
-def test_rows_keep_the_mixture(data_folder):
-    loader = Loader(data_folder, {"web.*": 0.25, "code.*": 0.75}, 64)
-    names = loader.datasets_of(0, 400)
-    assert abs(sum(name.startswith("code") for name in names) - 300) < 3
-    shard = Shard(data_folder / "shards" / "code.high")
-    low, high = int(shard.tokens[0]), int(shard.tokens[-1])
-    batch = loader.rows(0, 400)
-    assert [name == "code.high" for name in names] == [low <= row[0] <= high for row in batch.tokens_BT.tolist()]
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_rows_keep_the_mixture(data_folder, packing):
+    """Code is three quarters of the tokens, by whose tokens are read."""
+    batch = Loader(data_folder, {"web.*": 0.25, "code.*": 0.75}, 64, packing).rows(0, 800)
+    code = Shard(data_folder / "shards" / "code.high").tokens
+    tokens = batch.tokens_BT[batch.document_ids_BT >= 0]
+    share = ((tokens >= int(code[0])) & (tokens <= int(code[-1]))).double().mean().item()
+    assert share == pytest.approx(0.75, abs=0.01)
+
+
+def test_packing_fills_rows_from_all_datasets():
+    """Documents of 60 % of a row leave room that only another dataset's short ones fill."""
+    datasets = {"a.long": MemoryDocuments([[1] * 60] * 600), "a.short": MemoryDocuments([[2] * 13] * 1_846)}
+    batch = Loader(datasets, {"*": 1}, 100, "best_fit").rows(0, 500)
+    assert (batch.document_ids_BT >= 0).double().mean() > 0.98
 
 
 stage_lists = st.lists(
@@ -153,29 +165,64 @@ stage_lists = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=60).filter(any), stage_lists, st.integers(0, 3), shuffled_in)
-def test_stages_of_any_shape_neither_repeat_nor_skip_a_token(lengths, stages, seed, sizes):
-    """After any chain of stages, what was read and what is still pending are whole epochs plus the start of one."""
-    datasets, documents = in_memory(lengths)
+def read_through(datasets, stages, seed):
+    """Run a chain of stages; return how often each token was read, by dataset, and the last stage's cursors."""
     start, read = {}, []
-    with cut_into(sizes):
-        for rows, sequence_length, packing in stages:
-            loader = Loader(datasets, {"a.b": 1}, sequence_length, packing, seed, start=start)
-            batch = loader.rows(0, rows)
-            read += batch.tokens_BT[batch.document_ids_BT >= 0].tolist()
-            start = loader.cursors(rows)
-    cursor = start["a.b"]
-    assert np.ptp(np.bincount(read, minlength=sum(lengths))) <= 1, "a second epoch began before the first was read"
-    pending = zip(cursor.pending.starts_N, cursor.pending.lengths_N, strict=True)
-    read += [token for first, length in pending for token in range(first, first + length)]
-    times_N = np.bincount(read, minlength=sum(lengths))
-    epoch, touched = divmod(cursor.document, len(lengths))
+    for rows, sequence_length, packing, mixture in stages:
+        loader = Loader(datasets, mixture, sequence_length, packing, seed, start=start)
+        batch = loader.rows(0, rows)
+        read += batch.tokens_BT[batch.document_ids_BT >= 0].tolist()
+        start = loader.cursors(rows)
+    return np.bincount(read, minlength=sum(each.num_tokens for each in datasets.values())), start
+
+
+def check_nothing_lost(times_N, documents, cursor):
+    """What was read and what is pending are whole epochs plus the start of one."""
+    times_N = times_N.copy()
+    for first, length in zip(cursor.pending.starts_N, cursor.pending.lengths_N, strict=True):
+        times_N[documents[0][0] + first : documents[0][0] + first + length] += 1
+    epoch, touched = divmod(cursor.document, len(documents))
     per_document = [set(times_N[document].tolist()) for document in documents if document]
     assert all(len(times) == 1 for times in per_document), "a document was read in part"
     counts = [times.pop() for times in per_document]
     assert set(counts) <= {epoch, epoch + 1}
     assert sum(count == epoch + 1 for count in counts) <= touched
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60).filter(any), stage_lists, st.integers(0, 3), shuffled_in)
+def test_stages_of_any_shape_neither_repeat_nor_skip_a_token(lengths, stages, seed, sizes):
+    lengths = [max(lengths), *lengths]
+    datasets, documents = in_memory(lengths)
+    with cut_into(sizes):
+        times_N, cursors = read_through(datasets, [(*stage, {"a.b": 1}) for stage in stages], seed)
+    assert np.ptp(times_N) <= 1, "a second epoch began before the first was read"
+    check_nothing_lost(times_N, documents, cursors["a.b"])
+
+
+mixtures = st.sampled_from(
+    [{"*": 1.0}, Mixture(repeats={"*.high": 3.2}), {"a.*": 0.9, "*": 0.1}, {"a.high": 1.0}, {"b.*": 0.3, "a.low": 0.7}]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=30).filter(any), min_size=3, max_size=3),
+    st.lists(st.tuples(st.integers(0, 25), st.integers(2, 40), st.sampled_from(PACKINGS), mixtures), max_size=4),
+    st.integers(0, 3),
+    shuffled_in,
+)
+def test_stages_over_several_datasets_lose_nothing(lengths, stages, seed, sizes):
+    first, datasets, documents = 0, {}, {}
+    for name, of_dataset in zip(("a.high", "a.low", "b.high"), lengths, strict=True):
+        bounds = np.cumsum([first, max(of_dataset), *of_dataset])
+        documents[name] = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+        datasets[name] = MemoryDocuments(documents[name])
+        first = int(bounds[-1])
+    with cut_into(sizes):
+        times_N, cursors = read_through(datasets, stages, seed)
+    for name, cursor in cursors.items():
+        check_nothing_lost(times_N, documents[name], cursor)
 
 
 def test_stages_go_on_where_the_last_one_stopped_for_every_dataset(data_folder):
@@ -205,12 +252,12 @@ def test_batch_size_warm_up_reads_the_same_rows(data_folder):
 def test_long_documents_are_split_or_dropped_and_counted():
     datasets, documents = in_memory([5, 12, 3, 25, 8])
     split = Loader(datasets, {"a.b": 1}, 10, "best_fit", long="split")
-    rows = split._rows[0].rows_of_epoch()
+    rows = split._rows.rows_of_epoch()
     pieces = documents_in(split.rows(0, rows))
     assert sorted(token for piece in pieces for token in piece) == list(range(53))
     assert sorted(map(len, pieces)) == [2, 3, 5, 5, 8, 10, 10, 10]
     drop = Loader(datasets, {"a.b": 1}, 10, "best_fit", long="drop")
-    rows = drop._rows[0].rows_of_epoch()
+    rows = drop._rows.rows_of_epoch()
     assert sorted(documents_in(drop.rows(0, rows))) == [documents[0], documents[2], documents[4]]
     assert split.num_long() == drop.num_long() == {"a.b": 2}
 

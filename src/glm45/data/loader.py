@@ -7,7 +7,7 @@ Shapes: B rows of a batch, T sequence length, N pieces of documents.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from glm45.data.folder import DataFolder
-from glm45.data.mixture import Interleaver, Mixture, epochs, shares
+from glm45.data.mixture import Mixture, epochs, shares
+from glm45.data.rows import ConcatenatedRows, PackedRows, PlacedPieces
 from glm45.data.shards import Documents
-from glm45.data.stream import ConcatenatedRows, Cursor, DocumentOrder, PackedRows, Pieces
+from glm45.data.stream import Cursor, DocumentOrder, Stream
 
 Packing = Literal["concatenate", "best_fit"]
 Long = Literal["split", "drop"]
@@ -71,10 +72,9 @@ class Loader:
         self.folder, self.mixture = open_folder(folder), mixture
         self.sequence_length, self.packing, self.seed, self.long = sequence_length, packing, seed, long
         self.shares = shares(mixture, self.folder.tokens)
-        self._start = dict(start or {})
-        self._names = list(self.shares)
-        self._interleaver = Interleaver(list(self.shares.values()), seed)
-        self._rows = [self._open_rows(name) for name in self._names]
+        self._start, self._names = dict(start or {}), list(self.shares)
+        self._documents = [self.folder.datasets[name] for name in self._names]
+        self._rows = self._open_rows()
 
     def batch(self, index: int, global_batch_size: int, rank: int = 0, num_ranks: int = 1) -> Batch:
         """Return rank `rank`'s equal part of global batch `index`, where all batches have `global_batch_size` rows."""
@@ -86,25 +86,12 @@ class Loader:
             raise ValueError(f"{count} rows cannot be divided among {num_ranks} ranks (rank {rank}): change either")
         share = count // num_ranks
         begin = first + rank * share
-        dataset_B, number_B = self._interleaver.assign(begin, begin + share)
-        arrays = _Arrays(share, self.sequence_length)
-        for dataset in np.unique(dataset_B).tolist():
-            rows = np.flatnonzero(dataset_B == dataset)
-            number = int(number_B[rows[0]])
-            pieces, row_N = self._rows[dataset].pieces(number, number + len(rows))
-            arrays.fill(self.folder.datasets[self._names[dataset]], pieces, rows[row_N])
-        return arrays.batch()
-
-    def datasets_of(self, first: int, count: int) -> list[str]:
-        """Return the dataset of each of `count` rows from row `first` on."""
-        return [self._names[dataset] for dataset in self._interleaver.assign(first, first + count)[0]]
+        placed = self._rows.pieces(begin, begin + share)
+        return _assemble(placed, self._documents, share, self.sequence_length)
 
     def cursors(self, num_rows: int) -> dict[str, Cursor]:
         """Return where this stage leaves every dataset after `num_rows` rows: the next stage's `start`."""
-        counts = self._interleaver.counts(num_rows)
-        return self._start | {
-            name: rows.cursor(count) for name, rows, count in zip(self._names, self._rows, counts, strict=True)
-        }
+        return self._start | dict(zip(self._names, self._rows.cursors(num_rows), strict=True))
 
     def epochs(self, num_rows: int) -> dict[str, float]:
         """Return how many times `num_rows` rows read each dataset; see `glm45.data.mixture.epochs`."""
@@ -114,48 +101,51 @@ class Loader:
         """Return for each dataset how many documents are longer than a row: best-fit packing splits or drops them."""
         return {name: _count(self.folder.datasets[name], self.sequence_length + 1) for name in self._names}
 
-    def _open_rows(self, name: str) -> ConcatenatedRows | PackedRows:
-        documents, cursor = self.folder.datasets[name], self._start.get(name, Cursor())
-        order = DocumentOrder(documents, self.seed, name)
+    def _open_rows(self) -> ConcatenatedRows | PackedRows:
+        streams = [
+            Stream(DocumentOrder(documents, self.seed, name), self._start.get(name, Cursor()))
+            for name, documents in zip(self._names, self._documents, strict=True)
+        ]
+        share_D = list(self.shares.values())
         if self.packing == "concatenate":
-            return ConcatenatedRows(order, cursor, self.sequence_length)
+            return ConcatenatedRows(streams, share_D, self.sequence_length, self.seed)
         if self.packing != "best_fit":
             raise ValueError(f"packing = {self.packing!r}: choose 'concatenate' or 'best_fit'")
-        if self.long == "drop" and not _count(documents, 1, self.sequence_length):
-            raise ValueError(f"{name}: no document fits {self.sequence_length} tokens: use long='split' or longer rows")
-        return PackedRows(order, cursor, self.sequence_length, self.long, self.seed)
+        for name, documents in zip(self._names, self._documents, strict=True):
+            if self.long == "drop" and not _count(documents, 1, self.sequence_length):
+                raise ValueError(
+                    f"{name}: no document fits {self.sequence_length} tokens: use long='split' or longer rows"
+                )
+        return PackedRows(streams, share_D, self.sequence_length, self.long, self.seed)
 
 
-class _Arrays:
-    """A batch being filled."""
+def _assemble(placed: PlacedPieces, documents: Sequence[Documents], rows: int, sequence_length: int) -> Batch:
+    """Lay pieces one after another from the beginning of each one's row."""
+    first_of_row_N = np.searchsorted(placed.row_N, placed.row_N)  # index of the first piece of the same row
+    end_N = np.cumsum(placed.lengths_N)
+    column_N = end_N - placed.lengths_N - (end_N - placed.lengths_N)[first_of_row_N]
+    number_N = np.arange(len(placed.row_N)) - first_of_row_N
+    by_dataset_N = np.argsort(placed.dataset_N, kind="stable")
+    lengths_N = placed.lengths_N[by_dataset_N]
 
-    def __init__(self, rows: int, sequence_length: int) -> None:
-        self._shape = rows, sequence_length
-        self._tokens = np.zeros(rows * sequence_length, dtype=np.int64)
-        self._document_ids = np.full(rows * sequence_length, -1, dtype=np.int64)
-        self._positions = np.zeros(rows * sequence_length, dtype=np.int64)
-        self._loss_mask = np.zeros(rows * sequence_length, dtype=np.bool_)
+    def spread(value_N: np.ndarray) -> np.ndarray:
+        return np.repeat(value_N[by_dataset_N], lengths_N)
 
-    def fill(self, documents: Documents, pieces: Pieces, row_N: np.ndarray) -> None:
-        """Lay pieces, sorted by row, one after another from the beginning of each one's row."""
-        first_of_row = np.searchsorted(row_N, row_N)  # index of the first piece of the same row
-        before = np.cumsum(pieces.lengths_N) - pieces.lengths_N
-        column_N = before - before[first_of_row]
-
-        def spread(value_N: np.ndarray) -> np.ndarray:
-            return np.repeat(value_N, pieces.lengths_N)
-
-        position = np.arange(int(pieces.lengths_N.sum())) - spread(before)
-        source = spread(pieces.starts_N) + position
-        target = spread(row_N * self._shape[1] + column_N) + position
-        self._tokens[target] = documents.tokens[source]
-        self._positions[target] = position
-        self._document_ids[target] = spread(np.arange(len(row_N)) - first_of_row)
-        self._loss_mask[target] = True if documents.mask is None else documents.mask[source]
-
-    def batch(self) -> Batch:
-        arrays = (self._tokens, self._document_ids, self._positions, self._loss_mask)
-        return Batch(*(torch.from_numpy(array.reshape(self._shape)) for array in arrays))
+    position = np.arange(int(lengths_N.sum())) - np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
+    source = spread(placed.starts_N) + position
+    target = spread(placed.row_N * sequence_length + column_N) + position
+    tokens, positions = (np.zeros(rows * sequence_length, dtype=np.int64) for _ in range(2))
+    document_ids = np.full(rows * sequence_length, -1, dtype=np.int64)
+    loss_mask = np.zeros(rows * sequence_length, dtype=np.bool_)
+    positions[target] = position
+    document_ids[target] = spread(number_N)
+    num_tokens_D = np.bincount(placed.dataset_N, placed.lengths_N, len(documents)).astype(np.int64)
+    for each, end, count in zip(documents, np.cumsum(num_tokens_D), num_tokens_D, strict=True):
+        mine = slice(end - count, end)
+        tokens[target[mine]] = each.tokens[source[mine]]
+        loss_mask[target[mine]] = True if each.mask is None else each.mask[source[mine]]
+    shaped = (array.reshape(rows, sequence_length) for array in (tokens, document_ids, positions, loss_mask))
+    return Batch(*map(torch.from_numpy, shaped))
 
 
 def open_folder(folder: Path | str | DataFolder | Mapping[str, Documents]) -> DataFolder:
@@ -178,13 +168,12 @@ def held_out_batches(
         documents = folder.datasets[name]
         if not documents.num_tokens:
             raise ValueError(f"{name} has no tokens: build the data again with a source that gives some")
-        rows = PackedRows(DocumentOrder(documents, 0, name), Cursor(), sequence_length, "split", 0)
+        rows = PackedRows([Stream(DocumentOrder(documents, 0, name), Cursor())], [1.0], sequence_length, "split", 0)
         num_rows = min(max_rows, rows.rows_of_epoch())
         batches = []
         for first in range(0, num_rows, batch_size):
-            arrays = _Arrays(min(batch_size, num_rows - first), sequence_length)
-            arrays.fill(documents, *rows.pieces(first, min(first + batch_size, num_rows)))
-            batches.append(arrays.batch())
+            last = min(first + batch_size, num_rows)
+            batches.append(_assemble(rows.pieces(first, last), [documents], last - first, sequence_length))
         result[source] = batches
     return result
 

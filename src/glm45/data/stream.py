@@ -1,4 +1,4 @@
-"""The documents of one dataset in the order in which they are read, and rows cut or packed from them.
+"""The documents of one dataset in the order in which they are read.
 
 Everything is a function of (seed, dataset, position): nothing is consumed, so any row can be asked for at any time.
 A *piece* is a stretch of the dataset's tokens that belongs to one document: where it starts and its length.
@@ -6,20 +6,16 @@ A *piece* is a stretch of the dataset's tokens that belongs to one document: whe
 Shapes: N documents or pieces.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from glm45.data.packing import assign_bins, split_long
 from glm45.data.shards import Documents
 from glm45.seeds import derive_seed
 
 BLOCK = 1 << 18  # documents shuffled together: bounds memory at 4 MB a block whatever the dataset's size
-WINDOW = 1 << 14  # documents packed together, or more where that would be fewer rows than
-WINDOW_ROWS = 256  # this many: the last row of a window is seldom full
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -70,8 +66,8 @@ class DocumentOrder:
         self._sizes = np.minimum(BLOCK, documents.num_documents - firsts)
         ends = [int(documents.starts(end, end)[0]) for end in firsts + self._sizes]
         self._tokens = np.diff([0, *ends])
-        self._blocks: _Recent[tuple[int, int], tuple[np.ndarray, np.ndarray]] = _Recent(2)
-        self._epochs: _Recent[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = _Recent(2)
+        self._blocks: Recent[tuple[int, int], tuple[np.ndarray, np.ndarray]] = Recent(2)
+        self._epochs: Recent[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = Recent(2)
 
     def documents_between(self, first: int, last: int) -> Pieces:
         """Return documents of ordinals `first` to `last - 1`, each as one piece."""
@@ -147,135 +143,72 @@ class DocumentOrder:
         return np.random.default_rng(derive_seed(self._seed, "documents", self._name, *purpose))
 
 
-class ConcatenatedRows:
-    """Rows cut from the documents laid end to end: for pre-training (report section 2.3: no best-fit packing there)."""
+class Stream:
+    """What a stage reads of one dataset: what earlier stages left pending, then documents that none has touched.
 
-    def __init__(self, order: DocumentOrder, cursor: Cursor, sequence_length: int) -> None:
-        self._order, self._length, self._pending = order, sequence_length, cursor.pending
-        self._num_pending = int(cursor.pending.lengths_N.sum())
-        self._base = order.position(cursor.document) - self._num_pending
-        self._document = cursor.document
-
-    def pieces(self, first: int, last: int) -> tuple[Pieces, np.ndarray]:
-        """Return the pieces of rows `first` to `last - 1` and each piece's row, counted from `first`."""
-        begin, end = first * self._length, last * self._length
-        pieces = NOTHING
-        if begin < self._num_pending:
-            pieces = self._pending.cut(begin, min(end, self._num_pending))
-        pieces += self._order.tokens_between(self._base + max(begin, self._num_pending), self._base + end)
-        return _cut_at_rows(pieces, self._length)
-
-    def cursor(self, rows: int) -> Cursor:
-        """Return where a stage of `rows` rows leaves the dataset."""
-        position = rows * self._length
-        if position < self._num_pending:
-            return Cursor(self._document, self._pending.cut(position, self._num_pending))
-        document, offset = self._order.locate(self._base + position)
-        if not offset:
-            return Cursor(document)
-        whole = self._order.documents_between(document, document + 1)
-        return Cursor(document + 1, whole.cut(offset, int(whole.lengths_N[0])))
-
-
-class PackedRows:
-    """Rows of whole documents by best-fit packing (report section 2.3, mid-training).
-
-    Documents are packed in windows that never cross an epoch, and a window's rows are read in a shuffled order.
-    The number of rows of each window is found by packing it, once, when a row at or past it is first asked for.
-    Documents longer than a row are cut into full rows and a rest (`long="split"`) or left out (`long="drop"`).
+    Positions count tokens from the stage's first one on.
     """
 
-    def __init__(
-        self, order: DocumentOrder, cursor: Cursor, sequence_length: int, long: Literal["split", "drop"], seed: int
-    ) -> None:
-        self._order, self._length, self._long, self._seed = order, sequence_length, long, seed
-        self._pending = cursor.pending
-        fewest = WINDOW_ROWS * sequence_length * order.documents.num_documents // max(1, order.documents.num_tokens)
-        self._size = max(WINDOW, 1 << fewest.bit_length())
-        self._documents = [cursor.document]  # ordinal at which each window begins
-        self._rows = [0]  # row at which each window begins
-        self._windows: _Recent[int, tuple[Pieces, np.ndarray]] = _Recent(2)
-        self._lock = threading.Lock()
+    def __init__(self, order: DocumentOrder, cursor: Cursor) -> None:
+        self.order = order
+        self._pending, self.first_document = cursor.pending, cursor.document
+        self._num_pending = int(cursor.pending.lengths_N.sum())
+        self._base = order.position(cursor.document) - self._num_pending
 
-    def pieces(self, first: int, last: int) -> tuple[Pieces, np.ndarray]:
-        """Return the pieces of rows `first` to `last - 1` and each piece's row, counted from `first`."""
-        pieces, rows = NOTHING, [np.empty(0, np.int64)]
-        row = first
-        while row < last:
-            window = self._find(row)
-            packed, row_N = self._window(window)
-            begin, end = self._rows[window], min(last, self._rows[window + 1])
-            inside = slice(*np.searchsorted(row_N, [row - begin, end - begin]))
-            pieces += Pieces(packed.starts_N[inside], packed.lengths_N[inside])
-            rows.append(row_N[inside] + begin - first)
-            row = end
-        return pieces, np.concatenate(rows)
+    def between(self, first: int, last: int) -> Pieces:
+        """Return the tokens at positions `first` to `last - 1`, as pieces."""
+        pieces = self._pending.cut(first, min(last, self._num_pending)) if first < self._num_pending else NOTHING
+        untouched = max(first, self._num_pending)
+        return pieces + self.order.tokens_between(self._base + untouched, self._base + last)
 
-    def cursor(self, rows: int) -> Cursor:
-        """Return where a stage of `rows` rows leaves the dataset."""
-        window = self._find(rows)
-        if rows == self._rows[window]:
-            return Cursor(self._documents[window], self._pending if window == 0 else NOTHING)
-        packed, row_N = self._window(window)
-        unread = slice(np.searchsorted(row_N, rows - self._rows[window]), None)
-        return Cursor(self._documents[window + 1], Pieces(packed.starts_N[unread], packed.lengths_N[unread]))
+    def starting(self, first: int, last: int) -> Pieces:
+        """Return the pieces that start at positions `first` to `last - 1`, whole."""
+        documents = self.order.documents_between(self._document_at(first), self._document_at(last))
+        return self._pending_from(first, last) + documents
 
-    def rows_of_epoch(self) -> int:
-        """Return the number of rows of the first epoch."""
-        with self._lock:
-            while self._documents[-1] < self._order.documents.num_documents:
-                self._pack_next_window()
-        return self._rows[-1]
+    def boundary(self, window: int, quota: float) -> int:
+        """Return the position at which a window of about `quota` tokens begins: at an epoch's end where one is near.
 
-    def _find(self, row: int) -> int:
-        """Return the window that holds a row."""
-        with self._lock:  # the prefetching thread and the caller of `cursor` may both come here
-            while self._rows[-1] <= row:
-                self._pack_next_window()
-        return int(np.searchsorted(self._rows, row, "right")) - 1
+        If the stage begins within an epoch that ends soon, the first window is what is left of it.
+        """
+        if window == 0:
+            return 0
+        tokens, begin = self.order.documents.num_tokens, self._base
+        first_end = -(-begin // tokens) * tokens
+        if begin < first_end < begin + 1.5 * quota:
+            begin, window = first_end, window - 1
+        place = begin + int(window * quota)
+        nearest_end = (2 * place + tokens) // (2 * tokens) * tokens
+        return (nearest_end if 2 * abs(place - nearest_end) < quota else place) - self._base
 
-    def _pack_next_window(self) -> None:
-        window, num_documents = len(self._rows) - 1, self._order.documents.num_documents
-        epoch, rest = divmod(self._documents[window], num_documents)
-        end = epoch * num_documents + min((rest // self._size + 1) * self._size, num_documents)
-        if window == 0 and len(self._pending.starts_N) and rest % self._size == 0:
-            end = self._documents[0]  # the rest of an earlier stage's window comes before any of the next one
-        self._documents.append(end)
-        _, row_N = self._window(window)
-        self._rows.append(self._rows[window] + (int(row_N[-1]) + 1 if len(row_N) else 0))
+    def cursor(self, position: int) -> Cursor:
+        """Return where a stage leaves the dataset that reads everything before `position`, cutting there."""
+        if position < self._num_pending:
+            return Cursor(self.first_document, self._pending.cut(position, self._num_pending))
+        document, offset = self.order.locate(self._base + position)
+        if not offset:
+            return Cursor(document)
+        whole = self.order.documents_between(document, document + 1)
+        return Cursor(document + 1, whole.cut(offset, int(whole.lengths_N[0])))
 
-    def _window(self, window: int) -> tuple[Pieces, np.ndarray]:
-        """Return a window's pieces sorted by row, and the row of each."""
+    def cursor_of_whole(self, position: int, unread: Pieces) -> Cursor:
+        """Return where a stage leaves the dataset that reads what starts before `position`, except `unread`."""
+        return Cursor(self._document_at(position), unread + self._pending_from(position, self._num_pending))
 
-        def build() -> tuple[Pieces, np.ndarray]:
-            first, last = self._documents[window], self._documents[window + 1]
-            pieces = self._order.documents_between(first, last)
-            if window == 0:
-                pieces = self._pending + pieces
-            keep = pieces.lengths_N > 0
-            if self._long == "drop":
-                keep &= pieces.lengths_N <= self._length
-            starts_N, lengths_N = split_long(pieces.starts_N[keep], pieces.lengths_N[keep], self._length)
-            bin_N, num_bins = assign_bins(lengths_N, self._length)
-            rng = np.random.default_rng(derive_seed(self._seed, "bins", first))
-            row_N = rng.permutation(num_bins)[bin_N]
-            by_row = np.argsort(row_N, kind="stable")
-            return Pieces(starts_N[by_row], lengths_N[by_row]), row_N[by_row]
+    def _pending_from(self, first: int, last: int) -> Pieces:
+        starts = np.cumsum(self._pending.lengths_N) - self._pending.lengths_N
+        inside = (starts >= first) & (starts < last)
+        return Pieces(self._pending.starts_N[inside], self._pending.lengths_N[inside])
 
-        return self._windows.get(window, build)
+    def _document_at(self, position: int) -> int:
+        """Return the ordinal of the first untouched document that starts at or after `position`."""
+        if position <= self._num_pending:
+            return self.first_document
+        document, offset = self.order.locate(self._base + position)
+        return document + (offset > 0)
 
 
-def _cut_at_rows(pieces: Pieces, row_length: int) -> tuple[Pieces, np.ndarray]:
-    """Cut pieces that lie end to end at every multiple of `row_length`; return them and each one's row."""
-    some = pieces.lengths_N > 0
-    starts, ends = pieces.starts_N[some], np.cumsum(pieces.lengths_N[some])
-    begins = ends - pieces.lengths_N[some]
-    cuts = np.union1d(begins, np.arange(0, ends[-1], row_length))
-    whole = np.searchsorted(begins, cuts, "right") - 1
-    return Pieces(starts[whole] + cuts - begins[whole], np.diff(np.append(cuts, ends[-1]))), cuts // row_length
-
-
-class _Recent(Generic[Key, Value]):
+class Recent(Generic[Key, Value]):
     """The few values that were built last; an older one is built again when it is asked for."""
 
     def __init__(self, size: int) -> None:
@@ -283,6 +216,7 @@ class _Recent(Generic[Key, Value]):
         self._values: dict[Key, Value] = {}
 
     def get(self, key: Key, build: Callable[[], Value]) -> Value:
+        """Return the value of `key`, built if it is not at hand."""
         if (value := self._values.get(key)) is None:
             value = build()
             kept = list(self._values.items())[-(self._size - 1) :]

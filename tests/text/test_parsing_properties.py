@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm45.text import parsing
 from glm45.text.chat import render, render_tokens
 from glm45.text.machine import AnswerMachine
 from glm45.text.parsing import TAG_PATTERN, StreamParser, join_deltas, parse, parse_ids
@@ -198,9 +199,12 @@ def test_work_is_linear_in_length(piece, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(
-        StreamParser, "_next_tag", counting(StreamParser._next_tag, "scanned", lambda text, at: len(text) - at)
-    )
+    class CountingPattern:
+        def search(self, text, at):
+            seen["scanned"] += len(text) - at
+            return TAG_PATTERN.search(text, at)
+
+    monkeypatch.setattr(parsing, "TAG_PATTERN", CountingPattern())
     for state in ("_prose_text", "_name_text", "_refused_text", "_between_text", "_key_text", "_value_text"):
         handler = getattr(AnswerMachine, state)
         monkeypatch.setattr(AnswerMachine, state, counting(handler, "handed on", lambda text, position: len(text)))

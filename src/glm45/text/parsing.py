@@ -33,8 +33,8 @@ from glm45.text.tokenizer import Tokenizer
 GRAMMAR_TAGS = (THINK, THINK_END, TOOL_CALL, TOOL_CALL_END, ARG_KEY, ARG_KEY_END, ARG_VALUE, ARG_VALUE_END)
 PROMPT_TAGS = (SYSTEM, ASSISTANT, TOOL_RESPONSE, TOOL_RESPONSE_END)
 """Tags that only prompts hold: stray wherever a model writes them."""
-TAGS = (*GRAMMAR_TAGS, *PROMPT_TAGS, *EOS_TOKENS)
-VALUE_ENDS = (ARG_VALUE_END, *EOS_TOKENS)
+TAGS = frozenset((*GRAMMAR_TAGS, *PROMPT_TAGS, *EOS_TOKENS))
+VALUE_ENDS = frozenset((ARG_VALUE_END, *EOS_TOKENS))
 TAG_PATTERN = re.compile(
     r"</?(?:arg_(?:key|value)|t(?:ool_(?:call|response)|hink))>|<\|(?:user|observation|assistant|system|endoftext)\|>"
 )
@@ -112,22 +112,30 @@ class StreamParser:
         elif text and "<" not in text:
             machine.text(text, offset)
             return machine.out.drain()
-        at = 0
-        while at < len(text):
-            start, end = self._next_tag(text, at)
-            if start > at:
-                machine.text(text[at:start], offset + at)
-            if start == end:
+        at, size = 0, len(text)
+        while at < size:
+            if machine.in_value:
+                start, tag = text.find(ARG_VALUE_END, at), ARG_VALUE_END
+            else:
+                match = TAG_PATTERN.search(text, at)
+                start, tag = (match.start(), match[0]) if match else (-1, "")
+            if start < 0:
+                start = self._start_of_tag(text, at)
+                if start > at:
+                    machine.text(text[at:start], offset + at)
                 self._held = text[start:]
                 break
-            tag = text[start:end]
+            if start > at:
+                machine.text(text[at:start], offset + at)
+            at = start + len(tag)
             if tag == ARG_KEY and machine.between_arguments and (argument := ARGUMENT_PATTERN.match(text, start)):
                 key, gap, value = argument.groups()
                 machine.argument(key, gap, value, offset + start)
-                end = argument.end()
+                at = argument.end()
+            elif tag in EOS_TOKENS:
+                machine.end_turn(tag, offset + start)
             else:
-                self._take_tag(tag, offset + start)
-            at = end
+                machine.tag(tag, offset + start)
         return machine.out.drain()
 
     def feed_ids(self, ids: Sequence[int]) -> list[Delta]:
@@ -138,8 +146,7 @@ class StreamParser:
         plain: list[int] = []
         for index in ids:
             tag = special.get(index)
-            ends_text = tag in VALUE_ENDS if machine.in_value else tag in TAGS
-            if tag is None or not ends_text:
+            if tag is None or tag not in (VALUE_ENDS if machine.in_value else TAGS):
                 plain.append(index)
                 continue
             self._take_text(self._decoder.feed(plain) + self._decoder.finish())
@@ -173,18 +180,11 @@ class StreamParser:
         """What was wrong with the format, so far."""
         return self._machine.status
 
-    def _next_tag(self, text: str, at: int) -> tuple[int, int]:
-        """Return where the next tag starts and ends; without one, twice where the end may be the start of a tag."""
-        in_value = self._machine.in_value
-        if in_value:
-            start = text.find(ARG_VALUE_END, at)
-            if start >= 0:
-                return start, start + len(ARG_VALUE_END)
-        elif match := TAG_PATTERN.search(text, at):
-            return match.span()
+    def _start_of_tag(self, text: str, at: int) -> int:
+        """Return where the end of `text` may be the start of a tag, or its length."""
         start = text.rfind("<", max(at, len(text) - LONGEST_START))
         if start >= 0:
             tail = text[start:]
-            if ARG_VALUE_END.startswith(tail) if in_value else tail in TAG_STARTS:
-                return start, start
-        return len(text), len(text)
+            if ARG_VALUE_END.startswith(tail) if self._machine.in_value else tail in TAG_STARTS:
+                return start
+        return len(text)

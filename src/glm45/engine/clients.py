@@ -270,10 +270,11 @@ def _common_params(params: SamplingParams) -> dict[str, Any]:
         "min_p": params.min_p,
         "repetition_penalty": params.repetition_penalty,
         "ignore_eos": params.ignore_eos,
-        "skip_special_tokens": False,
         "stop": list(params.stop),
         "stop_token_ids": list(params.stop_token_ids),
     }
+    if params.wants_text:
+        body["skip_special_tokens"] = False  # text as the engine here gives it
     if params.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
     constraint = params.constraint

@@ -10,8 +10,10 @@ from glm45.engine.request import Completion
 from glm45.environments.arithmetic import ArithmeticVerifier, arithmetic_tasks
 from glm45.environments.protocol import Failure
 from glm45.rl.config import PenaltyConfig, RolloutConfig
+from glm45.rl.curriculum import PoolThresholds
 from glm45.rl.metrics import accuracy, rollout_metrics
 from glm45.rl.pool import Pool
+from glm45.rl.pools import PoolsConfig, measure
 from glm45.rl.rollout import Rollout, Sampling
 
 SAMPLING = Sampling(num_samples=4, max_tokens=8, temperature=1.0, seed=1)
@@ -31,6 +33,12 @@ class PlantedEngine:
         version = self.version
         await asyncio.sleep(self.delay(prompt))
         return [self.completion(prompt, index, version) for index in range(params.n)]
+
+    async def pause(self):
+        self.waiting = len(self.params)
+
+    async def resume(self):
+        self.submitted_together = len(self.params) - self.waiting
 
     def completion(self, prompt, index, version):
         spelled = self.answer(prompt, index)
@@ -90,6 +98,7 @@ def test_order_and_seeds_do_not_depend_on_what_finishes_first(rollout):
     maker = rollout(lambda prompt, index: "7", delay=lambda prompt: delays[prompt.split("\n")[1].split("<")[0]])
     groups = asyncio.run(maker.make_groups(list(enumerate(TASKS)), SAMPLING))
     assert [group[0].task for group in groups] == TASKS
+    assert maker.client.submitted_together == len(TASKS)
     seeds = [params.seed for params in maker.client.params]
     asyncio.run(maker.make_groups(list(enumerate(TASKS)), SAMPLING))
     assert [params.seed for params in maker.client.params] == seeds * 2
@@ -197,3 +206,25 @@ def test_a_slow_environment_beside_training_respects_the_bound_on_staleness(roll
     assert len(learnt) >= 12
     assert all(version - sampled <= 1 for version, sampled, _ in learnt)
     assert pool.counts["stale"] >= 1
+
+
+def test_pools_sample_shallowly_then_deeply_and_count_what_could_not_be_judged(rollout):
+    """One prompt always right, one half of the time, one once in the deep samples, one never, one never judged."""
+    kinds = dict(
+        zip((task.messages[0]["content"] for task in TASKS), ("easy", "half", "rare", "never", "broken"), strict=False)
+    )
+
+    def answer(prompt, index):
+        right, kind = right_answer(prompt), kinds[prompt.split("\n")[1].split("<")[0]]
+        if kind == "broken":
+            return "break"
+        return right if kind == "easy" or (kind == "half" and index % 2) or (kind == "rare" and index == 20) else "no"
+
+    maker = rollout(answer)
+    config = PoolsConfig(thresholds=PoolThresholds(hard_k=64))
+    rows = asyncio.run(measure(maker, list(enumerate(TASKS[:5])), config))
+    assert [row["pool"] for row in rows] == ["easy", "moderate", "hard", "unsolved", "unsolved"]
+    assert [row["num_samples"] for row in rows] == [16, 16, 64, 64, 16]
+    assert [row["num_correct"] for row in rows] == [16, 8, 1, 0, 0]
+    assert rows[4]["failures"] == ["error"] * 16
+    assert [params.n for params in maker.client.params] == [16] * 5 + [48] * 2

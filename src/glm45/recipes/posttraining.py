@@ -65,7 +65,11 @@ PROBLEMS = ArithmeticConfig(operations=("add", "subtract"), min_digits=2, max_di
 def experts() -> ExpertIteration:
     """A reasoning, a tool and a general expert on one base, then the unified model."""
     gentle = dataclasses.replace(
-        FROM_NOTHING, learning_rate=LearningRate(peak=2e-3, final=2e-4), sequence_length=384, router_bias_rate=0.0
+        FROM_NOTHING,
+        learning_rate=LearningRate(peak=2e-3, final=2e-4),
+        sequence_length=384,
+        batch_tokens=3072,
+        router_bias_rate=0.0,
     )
     return ExpertIteration(
         name="experts",

@@ -61,7 +61,7 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
     tasks = [task for task in every_task if task.metadata.get("verified_answer", True)]
     partial = out.with_name(out.name + ".partial")
     done = _read_partial(partial, config)
-    waiting = [task for task in tasks if task.task_id not in done]
+    waiting = [(number, task) for number, task in enumerate(tasks) if task.task_id not in done]
     tokenizer = Tokenizer.load(config.policy)
     model = hub.load(config.policy, dtype=torch.float32).eval()
     with (
@@ -71,7 +71,7 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
     ):
         rollout = Rollout(InProcessClient(engine), tokenizer, rewards, RolloutConfig())
         for first in range(0, len(waiting), config.prompts_at_once):
-            for row in asyncio.run(_measure(rollout, waiting[first : first + config.prompts_at_once], config)):
+            for row in asyncio.run(measure(rollout, waiting[first : first + config.prompts_at_once], config)):
                 done[row["task_id"]] = row
                 sink.write(json.dumps(row) + "\n")
             sink.flush()
@@ -93,49 +93,34 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
     return result
 
 
-async def _measure(rollout: Rollout, tasks: Sequence[Task], config: PoolsConfig) -> list[dict[str, Any]]:
-    """Sample prompts shallowly, and those without a right answer deeply."""
+async def measure(rollout: Rollout, prompts: Sequence[tuple[int, Task]], config: PoolsConfig) -> list[dict[str, Any]]:
+    """Sample prompts, each with its number in the task set, shallowly, and those without a right answer deeply."""
     thresholds = config.thresholds
-    shallow = await _count(rollout, tasks, thresholds.num_samples, config, "shallow")
+    shallow = await _count(rollout, prompts, thresholds.num_samples, config, "shallow")
     rows: list[dict[str, Any]] = []
-    for task, (right, judged, failures) in zip(tasks, shallow, strict=True):
-        row: dict[str, Any] = {
-            "task_id": task.task_id,
-            "num_samples": thresholds.num_samples,
-            "num_correct": right,
-            "failures": failures,
-        }
+    for (_, task), (right, judged, failures) in zip(prompts, shallow, strict=True):
         # Samples that could not be judged are no samples; fewer than k of them say nothing about pass@k.
         pool = thresholds.classify(right, num_samples=judged) if judged >= thresholds.k else "unsolved"
-        rows.append({**row, "pool": pool})
-    deeper = [index for index, row in enumerate(rows) if row["pool"] == "deeper"]
+        row = {"task_id": task.task_id, "pool": pool, "num_samples": thresholds.num_samples, "num_correct": right}
+        rows.append({**row, "failures": failures})
+    deeper = [place for place, row in enumerate(rows) if row["pool"] == "deeper"]
     extra = thresholds.hard_k - thresholds.num_samples
-    counts = await _count(rollout, [tasks[index] for index in deeper], extra, config, "deep")
-    for index, (right, _, failures) in zip(deeper, counts, strict=True):
-        row = rows[index]
+    counts = await _count(rollout, [prompts[place] for place in deeper], extra, config, "deep")
+    for place, (right, _, failures) in zip(deeper, counts, strict=True):
+        row = rows[place]
         row["failures"] += failures
         row |= {"num_samples": thresholds.hard_k, "num_correct": right, "pool": "hard" if right else "unsolved"}
     return rows
 
 
 async def _count(
-    rollout: Rollout, tasks: Sequence[Task], num_samples: int, config: PoolsConfig, purpose: str
+    rollout: Rollout, prompts: Sequence[tuple[int, Task]], num_samples: int, config: PoolsConfig, purpose: str
 ) -> list[tuple[int, int, list[str]]]:
-    """Return for each task the right and the judged samples, and the kinds of failures."""
+    """Return for each prompt the right and the judged samples, and the kinds of failures."""
     if not num_samples:
-        return [(0, 0, [])] * len(tasks)
-    groups = await asyncio.gather(
-        *(
-            rollout.make_group(
-                index,
-                task,
-                Sampling(
-                    num_samples, config.max_tokens, config.temperature, derive_seed(config.seed, purpose, task.task_id)
-                ),
-            )
-            for index, task in enumerate(tasks)
-        )
-    )
+        return [(0, 0, [])] * len(prompts)
+    seed = derive_seed(config.seed, purpose)
+    groups = await rollout.make_groups(prompts, Sampling(num_samples, config.max_tokens, config.temperature, seed))
     return [
         (
             sum(map(is_correct, group)),

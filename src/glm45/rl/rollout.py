@@ -7,10 +7,10 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from glm45.engine.clients import EngineClient
 from glm45.engine.request import Completion, SamplingParams
 from glm45.environments.formats import format_faults, language_mixing_rate, repetition_rate
 from glm45.environments.protocol import Task
@@ -24,9 +24,6 @@ from glm45.seeds import derive_seed
 from glm45.text.chat import render_tokens
 from glm45.text.parsing import parse_ids
 from glm45.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from glm45.engine.clients import EngineClient
 
 REPETITION_LIMIT, LANGUAGE_MIXING_LIMIT = 0.2, 0.05
 
@@ -44,7 +41,7 @@ class Sampling:
 class Rollout:
     """Makes groups with one engine client and one set of reward processes."""
 
-    def __init__(self, client: "EngineClient", tokenizer: Tokenizer, rewards: RewardWorkers, config: RolloutConfig):
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, rewards: RewardWorkers, config: RolloutConfig):
         self.client, self.tokenizer, self.rewards, self.config = client, tokenizer, rewards, config
 
     async def fill(self, pool: Pool, wanted: int, sampling: Sampling) -> list[Group]:
@@ -66,8 +63,16 @@ class Rollout:
         return made
 
     async def make_groups(self, prompts: Sequence[tuple[int, Task]], sampling: Sampling) -> list[Group]:
-        """Sample and judge a group for each (group id, task), in this order whatever finishes first."""
-        return await asyncio.gather(*(self.make_group(group_id, task, sampling) for group_id, task in prompts))
+        """Sample and judge a group for each (group id, task), in this order whatever finishes first.
+
+        The engine waits until it has all of them: what shares a batch then never depends on the clock, and with it
+        the last bits of log-probabilities.
+        """
+        await self.client.pause()
+        groups = [asyncio.create_task(self.make_group(group_id, task, sampling)) for group_id, task in prompts]
+        await asyncio.sleep(0)  # each runs up to its request
+        await self.client.resume()
+        return await asyncio.gather(*groups)
 
     async def make_group(self, group_id: int, task: Task, sampling: Sampling) -> Group:
         """Sample one group and judge it; the seed depends on the group's id and not on what else is generated."""

@@ -104,8 +104,8 @@ def print_race(shape: str, report: dict[str, Any]) -> None:
 
     flops = training_flops_per_token(configuration(shape), LENGTH, mtp=False) * TOKENS
     times, peaks = report["times"], {dtype: max(rates) for dtype, rates in report["peaks"].items()}
-    print(f"\n{shape}: whole step of {TOKENS} tokens, one thread; product peak {peaks['fp32'] / 1e9:.0f} GF/s fp32, "
-          f"{peaks['bf16'] / 1e9:.0f} bf16; optimisers {statistics.median(report['shares']):.1%} of ours fp32")  # fmt: skip
+    print(f"\n{shape}: whole step of {TOKENS} tokens, peak {peaks['fp32'] / 1e9:.0f} fp32, "
+          f"{peaks['bf16'] / 1e9:.0f} GF/s bf16; optimisers {statistics.median(report['shares']):.1%}")  # fmt: skip
     print(f"  {'':14} {'ms':>7} {'tokens/s':>9} {'of peak':>8} {'× peer fp32':>12} {'× autocast':>11}")
     for name in CONTENDERS:
         median = statistics.median(times[name])
@@ -131,7 +131,7 @@ def scale(rank: int, processes: int, port: int, threads: int, rounds: int, resul
     world = World.start(Layout())
     model = Glm45(preset("demo")).train()
     parallelize(model, world)
-    optimizers = build_optimizers(model, OptimizerConfig())
+    optimizers = build_optimizers(model, OptimizerConfig(), world.replicas)
     tokens_BT = torch.randint(0, 4096, (16, 256), generator=torch.Generator().manual_seed(rank))
     times, shares = [], []
     for _ in range(rounds + 1):

@@ -80,7 +80,7 @@ def build(world):
     # In fp64, rounding cannot hide a mistake, nor AdamW blow up the noise of gradients that should be zero.
     model = Glm45(MODEL, seed=1, compute_dtype=DTYPE).to(DTYPE).train()
     pipeline = parallelize(model, world)
-    return model, pipeline, build_optimizers(model, OPTIMIZER)
+    return model, pipeline, build_optimizers(model, OPTIMIZER, world.replicas)
 
 
 def one_step(model, pipeline, optimizers, world, step):

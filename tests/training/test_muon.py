@@ -28,7 +28,7 @@ def assert_same_step(ours, theirs, start):
     assert (ours - theirs).norm() < 0.01 * moved
 
 
-@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (40, 40)])
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (40, 40), (16, 256)])
 def test_equals_torch_muon_on_matrices(shape):
     torch.manual_seed(0)
     start = [torch.randn(shape) for _ in range(3)]
@@ -82,6 +82,16 @@ def test_singular_values_come_near_one():
     values = torch.linalg.svdvals(orthogonalize(torch.randn(5, 32, 64)))
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+def test_wide_matrices_by_their_gram_matrix_equal_the_plain_iteration():
+    torch.manual_seed(0)
+    wide = torch.randn(3, 16, 256, dtype=torch.float64)
+    x = wide / torch.linalg.matrix_norm(wide, keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalize(wide), x)
 
 
 def test_a_zero_gradient_only_decays():

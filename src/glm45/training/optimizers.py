@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from glm45.config import configuration
 from glm45.model.transformer import Glm45, parameter_groups
@@ -42,11 +43,13 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.ns_steps is {self.ns_steps}: set it to 1 or more")
 
 
-def build_optimizers(model: Glm45, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: Glm45, config: OptimizerConfig, replicas: dist.ProcessGroup | None = None
+) -> list[torch.optim.Optimizer]:
     """Return the optimisers of every parameter of `model`: Muon, AdamW with decay, AdamW without, where not empty.
 
     Their state exists from the start, so that a checkpoint can be loaded in place. Learning rates are set before
-    each step by `set_learning_rate`.
+    each step by `set_learning_rate`. `replicas` hold the same unsharded model and divide Muon's work.
     """
     groups = {
         name: [(path, parameter) for path, parameter in members if parameter.requires_grad]
@@ -73,6 +76,7 @@ def build_optimizers(model: Glm45, config: OptimizerConfig) -> list[torch.optim.
                 weight_decay=config.weight_decay,
                 ns_steps=config.ns_steps,
                 update_rms=config.update_rms,
+                replicas=replicas,
             )
         )
     adamw_groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay if params]

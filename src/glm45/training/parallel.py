@@ -91,6 +91,13 @@ class World:
         """Whether this rank speaks for its rows where several ranks read the same ones."""
         return self.rank % (self.layout.context * self.layout.tensor) == 0 and self.pipeline_rank == 0
 
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same unsharded weights as this one, if there are others."""
+        if self.dense is None or uses_fsdp(self.layout) or self.layout.replicate == 1:
+            return None
+        return self.dense["replicate"].get_group()
+
     def part(self, x_BT: torch.Tensor, tensor: bool = True) -> torch.Tensor:
         """Return this rank's part of the tokens (dimension 1), or that of its context if `tensor` is false."""
         layout = self.layout
@@ -221,7 +228,7 @@ def reduce_gradients(model: Glm45, world: World) -> None:
     """Sum the gradients that FSDP does not: of replicas without it, and of what tensor parallelism does not divide."""
     if world.dense is None:
         return
-    if not uses_fsdp(world.layout) and world.layout.replicate > 1:
+    if world.replicas is not None:
         _all_reduce([parameter.grad for parameter in model.parameters()], world.dense["replicate"])
     if world.layout.tensor > 1:
         whole = [parameter.grad for parameter in model.parameters() if not is_divided(parameter)]

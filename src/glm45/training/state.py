@@ -55,7 +55,7 @@ class TrainingState:
             world=world,
             plan=Plan(config.stages),
             model=model,
-            optimizers=build_optimizers(model, config.optimizer),
+            optimizers=build_optimizers(model, config.optimizer, world.replicas),
             guard=Guard(config.guard),
             router=RouterMonitor(config.health),
             facts=facts,

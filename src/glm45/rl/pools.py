@@ -101,7 +101,12 @@ async def measure(rollout: Rollout, prompts: Sequence[tuple[int, Task]], config:
     for (_, task), (right, judged, failures) in zip(prompts, shallow, strict=True):
         # Samples that could not be judged are no samples; fewer than k of them say nothing about pass@k.
         pool = thresholds.classify(right, num_samples=judged) if judged >= thresholds.k else "unsolved"
-        row = {"task_id": task.task_id, "pool": pool, "num_samples": thresholds.num_samples, "num_correct": right}
+        row: dict[str, Any] = {
+            "task_id": task.task_id,
+            "pool": pool,
+            "num_samples": thresholds.num_samples,
+            "num_correct": right,
+        }
         rows.append({**row, "failures": failures})
     deeper = [place for place, row in enumerate(rows) if row["pool"] == "deeper"]
     extra = thresholds.hard_k - thresholds.num_samples

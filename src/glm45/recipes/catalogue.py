@@ -8,6 +8,8 @@ from glm45.training.run import TrainConfig
 
 TRAINING: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo.training,
+    "demo_whole": demo.whole,
+    "demo_fast": demo.fast,
     "nano_cpu": nano_cpu.training,
     "one_gpu": one_gpu.training,
     "air": full.air_training,

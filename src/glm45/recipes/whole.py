@@ -29,10 +29,8 @@ SOUND = ColdStartConfig(arithmetic=dataclasses.replace(PROBLEMS, careful_share=1
 class Scale:
     """How large a run from raw text on two cores is. Nothing of it is in the report."""
 
-    corpus: tuple[str, ...] = ("vocab_size=4096",)
+    corpus: tuple[str, ...]
     """Overrides of the corpus recipe."""
-    training: tuple[str, ...] = ()
-    """Overrides of the training recipe."""
     conversations: int = 20_000
     """Worked conversations of each domain in mid-training."""
     cold_start: int = 1500
@@ -47,15 +45,20 @@ class Scale:
     """Held-out tasks of each suite."""
 
 
-DEMO = Scale()
+FEW_MODULES = (
+    '[{"name": "stdlib", "reader": "stdlib", "license": "PSF-2.0", "include": ["*json/*.py", "*email/*.py", '
+    '"*http/*.py", "*logging/*.py", "*asyncio/*.py", "*unittest/*.py"]}, '
+    '{"name": "arithmetic", "reader": "generated", "limit": 300}]'
+)
+
+DEMO = Scale(corpus=("vocab_size=4096",))
 FAST = Scale(
-    corpus=("vocab_size=1024", "sources.0.limit=60"),
-    training=("model.vocab_size=1024", "model.hidden_size=64", "micro_batch_tokens=2048"),
+    corpus=("vocab_size=1024", f"sources={FEW_MODULES}", "num_tasks=2"),
     conversations=300,
     cold_start=100,
     rl_steps=2,
     final_steps=1,
-    prompts=20,
+    prompts=40,
     num_tasks=10,
 )
 
@@ -63,14 +66,13 @@ FAST = Scale(
 def demo(*, fast: bool = False) -> list[Step]:
     """The report's whole recipe in minutes on two cores; `fast` is a smoke test of two."""
     scale = FAST if fast else DEMO
-    recipe = "demo_fast" if fast else "demo"
+    recipe = "demo_fast" if fast else "demo_whole"
     domains = dict.fromkeys(("arithmetic", "arithmetic-direct", "tools", "instructions"), scale.conversations)
     data = {"domains": domains, "cold_start": to_dict(SOUND), "seed": 0}
-    training = {"recipe": recipe, "overrides": list(scale.training)}
     return [
-        Step("corpus", f"{STEPS}:build_corpus", {"recipe": recipe, "overrides": list(scale.corpus)}, (), 2, 170),
+        Step("corpus", f"{STEPS}:build_corpus", {"recipe": "demo", "overrides": list(scale.corpus)}, (), 2, 170),
         Step("data", f"{STEPS}:add_conversations", data, ("corpus",), 2, 20),
-        Step("base", f"{STEPS}:pretrain", training, ("data",), 2, 240),
+        Step("base", f"{STEPS}:pretrain", {"recipe": recipe}, ("data",), 2, 240),
         *_posttraining(scale),
         _evaluation(scale),
         Step("publish", f"{STEPS}:publish", {}, ("final-rl",), seconds=5),

@@ -130,6 +130,10 @@ class ScriptedEngine:
             if reason:
                 return
 
+    def compile(self, constraint):
+        if constraint.grammar == "bad":
+            raise ValueError("the constraint cannot be enforced")
+
     def abort(self, request_id):
         self.aborted.append(request_id)
 

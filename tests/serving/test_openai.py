@@ -249,23 +249,25 @@ def test_thinking_budget_closes_reasoning_and_answers(oai, engine, ids_of, token
 
 
 def test_grammar_holds_for_the_answer_and_not_for_the_reasoning(oai, engine, tokenizer):
-    """With thinking on, response_format constrains what follows `</think>`; n samples are n chains."""
+    """Where thinking is not off, reasoning may come before the grammar; a budget makes it a request of its own."""
 
     def say(prompt, index):
         in_thoughts = prompt[-1] == tokenizer.special_id("<think>")
         return "Some JSON.</think>" if in_thoughts else '{"a": 1}<|user|>'
 
     engine.text = say
-    answer = ask(oai, n=2, response_format={"type": "json_object"}, extra_body={"enable_thinking": True})
+    form = {"type": "json_object"}
+    answer = ask(oai, n=2, response_format=form, extra_body={"thinking_budget": 20})
     for choice in answer.choices:
         assert choice.message.content == '{"a": 1}'
         assert choice.message.reasoning_content == "Some JSON."
         assert choice.finish_reason == "stop"
-    constraints = [asked.params.constraint is not None for asked in engine.asked]
-    assert sorted(constraints) == [False, False, True, True]
-    engine.asked.clear()
-    ask(oai, response_format={"type": "json_object"}, extra_body={"enable_thinking": False})
-    assert [asked.params.constraint is not None for asked in engine.asked] == [True]
+    constraints = [asked.params.constraint for asked in engine.asked]
+    assert sorted(constraint is not None for constraint in constraints) == [False, False, True, True]
+    assert not any(constraint.reasoning for constraint in constraints if constraint)
+    for enabled in (True, False):
+        ask(oai, response_format=form, extra_body={"enable_thinking": enabled})
+        assert engine.asked[-1].params.constraint.reasoning is enabled
 
 
 def test_reasoning_that_uses_up_max_tokens_is_cut(oai, engine, tokenizer):

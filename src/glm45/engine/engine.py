@@ -24,7 +24,7 @@ from glm45.engine.blocks import BlockManager
 from glm45.engine.constraints import Grammars
 from glm45.engine.core import Core, Job, Result
 from glm45.engine.detokenizer import Detokenizer
-from glm45.engine.request import Completion, Delta, Request, SamplingParams, Sequence
+from glm45.engine.request import Completion, Constraint, Delta, Request, SamplingParams, Sequence
 from glm45.engine.runner import Runner
 from glm45.engine.sampling import sample_seed
 from glm45.engine.scheduler import Scheduler
@@ -85,6 +85,7 @@ class Engine:
         self._at_boundary: Callable[[], None] | None = None  # runs once nothing is running any more
         self._outbox: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
         self._compiled: Grammars | None = None  # made when the first constraint comes
+        self._compiling = threading.Lock()
         self._num_requests = 0
         self._ids: set[str] = set()  # of requests handed over and not ended
 
@@ -313,9 +314,16 @@ class Engine:
             raise ValueError(f"{what} needs a tokenizer, and this engine has none: pass token ids only")
         return self.tokenizer
 
+    def compile(self, constraint: Constraint) -> None:
+        """Compile a grammar beforehand, on the caller's thread: the first takes seconds, a known one no time.
+
+        Raises ValueError for one that cannot be compiled.
+        """
+        self._grammars().matcher(constraint)
+
     def _grammars(self) -> Grammars:
         tokenizer = self._need_tokenizer("a constraint")
-        with self._wake:
+        with self._compiling:
             if self._compiled is None:
                 self._compiled = Grammars(tokenizer, self.model.config.vocab_size)
         return self._compiled

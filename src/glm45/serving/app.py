@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
 from glm45 import __version__
-from glm45.serving import admin, anthropic, openai, sglang
+from glm45.serving import admin, anthropic, openai, sglang, vllm
 from glm45.serving.door import Door
 from glm45.serving.errors import ApiError, ErrorResponse, is_anthropic
 from glm45.serving.exchange import CLIENT_LEFT, ClientLeftError
@@ -40,10 +40,8 @@ def build_app(service: Service, allowed_hosts: Iterable[str] = ()) -> FastAPI:
     app = FastAPI(
         title="glm45", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    app.include_router(openai.router(service))
-    app.include_router(anthropic.router(service))
-    app.include_router(sglang.router(service))
-    app.include_router(admin.router(service))
+    for endpoints in (openai, anthropic, sglang, vllm, admin):
+        app.include_router(endpoints.router(service))
     _add_page(app)
     _add_error_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

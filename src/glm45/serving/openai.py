@@ -173,8 +173,11 @@ class TextAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """Return the answer in one piece."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(collect(generation)) for generation in self.generations]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(collect(generation)) for generation in self.generations]
+        except BaseExceptionGroup as failed:  # the first failure is the answer
+            raise failed.exceptions[0] from None
         choices = []
         for number, task in enumerate(tasks):
             for index, whole in enumerate(task.result()):
@@ -223,6 +226,8 @@ class TextAnswer:
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
+        if self.body.prompt_logprobs is not None and is_first:
+            choice["prompt_logprobs"] = self._prompt_logprobs(plan, piece)
         if self.body.return_token_ids:
             choice["token_ids"] = [] if self.drops_tokens else piece.token_ids
             choice["prompt_token_ids"] = plan.prompt_ids if is_first else None
@@ -241,8 +246,8 @@ class TextAnswer:
             token_ids += piece.token_ids
             logprobs += piece.logprobs
             for alternatives in piece.top_logprobs or [{}] * len(piece.token_ids):
-                top.append({self.tokenizer.decode([token]): finite(value) for token, value in alternatives.items()})
-        tokens = [self.tokenizer.decode([token]) for token in token_ids]
+                top.append({self._name(token): finite(value) for token, value in alternatives.items()})
+        tokens = [self._name(token) for token in token_ids]
         offsets = [0]
         for token in tokens[:-1]:
             offsets.append(offsets[-1] + len(token))
@@ -252,6 +257,16 @@ class TextAnswer:
             "top_logprobs": top,
             "text_offset": offsets[: len(tokens)],
         }
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.body.return_tokens_as_token_ids else self.tokenizer.decode([token])
+
+    def _prompt_logprobs(self, plan: Plan, piece: Piece | Whole) -> list[dict[str, Any] | None]:
+        """Return vLLM's list: of every prompt token its log-probability under its id, null for the first."""
+        return [
+            None if logprob is None else {str(token): {"logprob": finite(logprob)}}
+            for token, logprob in zip(plan.prompt_ids, piece.prompt_logprobs or [], strict=False)
+        ]
 
 
 async def numbered(number: int, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[tuple[int, Piece], None]:

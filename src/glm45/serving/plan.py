@@ -1,7 +1,6 @@
 """From a chat or completion request to what the engine is asked: token ids, sampling parameters, how to read it."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,15 +9,11 @@ from glm45.config import configuration
 from glm45.engine.request import Constraint, SamplingParams
 from glm45.serving.errors import ApiError, as_client_errors
 from glm45.serving.limits import Limits
-from glm45.serving.schemas import ChatRequest, CompletionRequest, NamedTool, Sampling, as_dicts
+from glm45.serving.schemas import ChatRequest, CompletionRequest, NamedTool, Sampling, StructuredOutputs, as_dicts
 from glm45.serving.thinking import ThinkingChoice, choose_thinking, mark_messages
 from glm45.text.chat import DialectName, render_tokens
 from glm45.text.special_tokens import THINK, TOOL_CALL, TOOL_CALL_END
 from glm45.text.tokenizer import Tokenizer
-
-SHARE_OF_THOUGHTS = 0.75
-"""Of `max_tokens`, for reasoning before an answer with a grammar where no budget is given: the rest completes the
-answer."""
 
 
 @configuration
@@ -75,8 +70,9 @@ def plan_chat(request: ChatRequest, context: Context, at_most: int | None = None
     shown = [] if request.tool_choice == "none" else tools
     prompt_ids = render_prompt(as_dicts(request.messages), shown, thinking, context, request.continue_final_message)
     tokenizer = context.tokenizer
-    constraint = _constraint(request, tools)
-    apart = _thinks_apart(thinking, constraint) and not request.continue_final_message
+    # A budget makes reasoning a request of its own; without one, the grammar lets reasoning come first.
+    apart = thinking.budget is not None and thinking.enabled is not False and not request.continue_final_message
+    constraint = _constraint(request, tools, reasoning=thinking.enabled is not False and not apart)
     if apart and prompt_ids[-1] != tokenizer.special_id(THINK):
         prompt_ids += [*tokenizer.encode("\n"), tokenizer.special_id(THINK)]
     stop_ids, bias = list(request.stop_token_ids or ()), _logit_bias(request)
@@ -103,13 +99,8 @@ def plan_chat(request: ChatRequest, context: Context, at_most: int | None = None
         params,
         tools or None,
         reasoning_open=prompt_ids[-1] == tokenizer.special_id(THINK),
-        think_first=(thinking.budget or math.ceil(params.max_tokens * SHARE_OF_THOUGHTS)) if apart else 0,
+        think_first=(thinking.budget or 0) if apart else 0,
     )
-
-
-def _thinks_apart(thinking: ThinkingChoice, constraint: Constraint | None) -> bool:
-    """Whether reasoning is a request of its own: it has a budget, or a grammar that must not hold for it."""
-    return thinking.enabled is not False and (thinking.budget is not None or constraint is not None)
 
 
 def plan_completions(request: CompletionRequest, context: Context) -> list[Plan]:
@@ -121,7 +112,7 @@ def plan_completions(request: CompletionRequest, context: Context) -> list[Plan]
         raise ApiError(400, "max_tokens is 0: ask for a token, or for echo", param="max_tokens")
     plans = []
     for prompt_ids in _prompts(request, context):
-        scored = request.echo and request.logprobs is not None
+        scored = (request.echo and request.logprobs is not None) or request.prompt_logprobs is not None
         params = _params(
             request,
             context,
@@ -132,6 +123,7 @@ def plan_completions(request: CompletionRequest, context: Context) -> list[Plan]
             top_logprobs=request.logprobs or 0,
             prompt_logprobs=scored,
             detokenize=True,
+            constraint=_structure(request.structured_outputs),
         )
         plans.append(Plan(prompt_ids, params, is_chat=False))
     return plans
@@ -236,21 +228,30 @@ def _max_tokens(request: ChatRequest) -> int | None:
     return new if new is not None else old
 
 
-def _constraint(request: ChatRequest, tools: list[dict[str, Any]]) -> Constraint | None:
+def _constraint(request: ChatRequest, tools: list[dict[str, Any]], reasoning: bool) -> Constraint | None:
     """Return the grammar of the answer, if the request asks for one."""
     choice, form = request.tool_choice, request.response_format
     must_call = choice == "required" or isinstance(choice, NamedTool)
     if must_call:
         if form is not None and form.type != "text":
             raise ApiError(400, "a required tool call leaves no room for response_format", param="response_format")
-        return Constraint(tools=tuple(_tools_to_call(choice, tools)))
+        return Constraint(tools=tuple(_tools_to_call(choice, tools)), reasoning=reasoning)
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return Constraint(json_object=True)
+        return Constraint(json_object=True, reasoning=reasoning)
     if form.json_schema is None or form.json_schema.schema_ is None:
         raise ApiError(400, "response_format json_schema needs json_schema.schema", param="response_format")
-    return Constraint(json_schema=form.json_schema.schema_)
+    return Constraint(json_schema=form.json_schema.schema_, reasoning=reasoning)
+
+
+def _structure(form: StructuredOutputs | None) -> Constraint | None:
+    if form is None:
+        return None
+    with as_client_errors("structured_outputs"):
+        return Constraint(
+            json_schema=form.json_schema, json_object=bool(form.json_object), grammar=form.grammar, reasoning=False
+        )
 
 
 def _tools_to_call(choice: Any, tools: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:

@@ -218,6 +218,14 @@ class ChatRequest(Sampling, ThinkingSwitch):
     verbosity: str | None = Field(None, description="No effect.")
 
 
+class StructuredOutputs(Strict):
+    """The form of a completion, as vLLM writes it."""
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+    grammar: str | None = None
+
+
 class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
@@ -227,6 +235,10 @@ class CompletionRequest(Sampling):
     echo: bool = False
     suffix: None = Field(None, description="Not offered.")
     best_of: int | None = Field(None, ge=1, description="Only the value of `n` is offered.")
+    prompt_logprobs: Literal[0] | None = Field(None, description="Extension, as in vLLM: score the prompt's tokens.")
+    return_tokens_as_token_ids: bool = Field(False, description="Extension: name tokens `token_id:7` in logprobs.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Extension, as in vLLM.")
+    skip_special_tokens: bool = Field(True, description="No effect: text holds special tokens as they are spelled.")
 
 
 class TokenizeRequest(ThinkingSwitch):

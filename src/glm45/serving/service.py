@@ -5,11 +5,12 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from glm45.serving.errors import ApiError
+from glm45.serving.errors import ApiError, as_client_errors
 from glm45.serving.exchange import EventStream, started, watched
 from glm45.serving.generation import Generation
 from glm45.serving.limits import Gate, Keys, Limits
@@ -67,6 +68,24 @@ class Service:
                 code="not_admin",
             )
 
+    async def new_weights(self, path: str, version: int | None = None, in_flight: str = "finish") -> int:
+        """Serve the weights of a folder and return their version. Raises ValueError for what cannot be loaded.
+
+        Requests that are paused cannot finish first: they go on with the new weights, recomputed.
+        """
+        if in_flight == "finish" and self.engine.stats().get("paused"):
+            in_flight = "recompute"
+        update = partial(self.engine.update_weights, path, version=version, in_flight=in_flight)
+        try:
+            return await asyncio.to_thread(update)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(str(error)) from error
+
+    async def forget(self, in_flight: str) -> None:
+        """Drop every cached prefix; with `abort`, end the requests under way."""
+        update, version = self.engine.update_weights, self.engine.weight_version
+        await asyncio.to_thread(partial(update, None, version=version, in_flight=in_flight))
+
     @property
     def fingerprint(self) -> str:
         """What OpenAI calls the system fingerprint: the version of the weights."""
@@ -81,7 +100,15 @@ class Service:
         return Generation(plan, self.engine, self.tokenizer, self.metrics, request_id, request.state.owner)
 
     async def prepared(self, request: Request, plan: Callable[..., T], *arguments: Any) -> T:
-        """Run the planning of a request, in a thread where its body is large."""
+        """Run the planning of a request, in a thread where its body is large or a grammar must be compiled."""
+        planned = await self._planned(request, plan, *arguments)
+        for one in planned if isinstance(planned, list) else [planned]:
+            if isinstance(one, Plan) and one.params.constraint is not None:
+                with as_client_errors():
+                    await asyncio.to_thread(self.engine.compile, one.params.constraint)
+        return planned
+
+    async def _planned(self, request: Request, plan: Callable[..., T], *arguments: Any) -> T:
         if int(request.headers.get("content-length") or LARGE_BODY) < LARGE_BODY:
             return plan(*arguments)
         async with self._tokenizing:

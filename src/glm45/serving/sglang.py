@@ -135,14 +135,12 @@ def _add_control(routes: APIRouter, service: Service) -> None:
     async def update_weights_from_disk(body: UpdateWeightsRequest) -> Response:
         """Serve the weights of a checkpoint folder on this machine."""
         service.check_admin()
-        version = _version(body.weight_version)
         in_flight = "abort" if body.abort_all_requests else "finish"
         if service.engine.stats().get("paused"):
-            in_flight = IN_FLIGHT[pause_mode]  # what is paused cannot finish first
+            in_flight = IN_FLIGHT[pause_mode]
         try:
-            update = service.engine.update_weights
-            now = await asyncio.to_thread(update, body.model_path, version=version, in_flight=in_flight)
-        except (ValueError, OSError, RuntimeError) as error:
+            now = await service.new_weights(body.model_path, _version(body.weight_version), in_flight)
+        except ValueError as error:
             told = ApiError(400, str(error), param="model_path").body()
             return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0, **told}, 400)
         message = f"weights of {body.model_path} are in force as version {now}"
@@ -156,7 +154,7 @@ def _add_control(routes: APIRouter, service: Service) -> None:
         pause_mode = body.mode
         await asyncio.to_thread(service.engine.pause)
         if body.mode == "abort":
-            await _abort_all(service)
+            await service.forget("abort")
         return {"status": "paused", "mode": body.mode}
 
     @routes.post("/continue_generation")
@@ -171,7 +169,7 @@ def _add_control(routes: APIRouter, service: Service) -> None:
         """End a request by its `rid`, or all."""
         service.check_admin()
         if body.abort_all:
-            await _abort_all(service)
+            await service.forget("abort")
         else:
             service.engine.abort(body.rid)
         return {"status": "ok"}
@@ -180,18 +178,8 @@ def _add_control(routes: APIRouter, service: Service) -> None:
     async def flush_cache() -> dict[str, str]:
         """Forget every cached prefix."""
         service.check_admin()
-        await _same_weights(service, "continue")
+        await service.forget("continue")
         return {"status": "ok"}
-
-
-async def _abort_all(service: Service) -> None:
-    await _same_weights(service, "abort")
-
-
-async def _same_weights(service: Service, in_flight: str) -> None:
-    """Update to the weights in force: prefixes are forgotten, and requests under way end or go on."""
-    version = service.engine.weight_version
-    await asyncio.to_thread(service.engine.update_weights, None, version=version, in_flight=in_flight)
 
 
 def _version(version: int | str | None) -> int | None:

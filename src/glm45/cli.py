@@ -182,8 +182,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def define_chat(parser: argparse.ArgumentParser) -> None:
-    """`glm45 chat render|parse`: messages to the model's text or ids, and the model's text to a message, as JSON."""
-    parser.add_argument("target", help="'render' (messages to text) or 'parse' (text on standard input to a message)")
+    """`glm45 chat PATH_OR_RUN`: converse in the terminal; `glm45 chat render|parse`: templates laid open, as JSON."""
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="a checkpoint or run folder; or 'render' (messages to text) or 'parse' (text on standard input)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="of a conversation: engine.num_drafts=1 ...")
     parser.add_argument("--messages", metavar="FILE", help="JSON: a list of messages, or an object with 'messages'")
     parser.add_argument("--tools", metavar="FILE", help="JSON: a list of tools in OpenAI's form")
     parser.add_argument("--no-think", action="store_true", help="ask for an answer without reasoning")
@@ -195,19 +200,24 @@ def define_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
+    if options.target not in ("render", "parse"):
+        from glm45.config import override
+        from glm45.serving.command import ServeConfig
+        from glm45.serving.terminal import chat
+
+        chat(options.target, override(ServeConfig(), options.overrides))
+        return
     from glm45.text import debug
 
     tools = debug.read_json(options.tools) if options.tools else None
     if options.target == "parse":
         result = debug.parsed(sys.stdin.read(), tools, options.reasoning_open)
-    elif options.target == "render":
+    else:
         if not options.messages or (options.ids and not options.tokenizer):
             raise ValueError("chat render needs --messages FILE, and with --ids also --tokenizer PATH")
         thinking = False if options.no_think else None
         tokenizer = options.tokenizer if options.ids else None
         result = debug.rendered(debug.read_json(options.messages), tools, thinking, options.dialect, tokenizer)
-    else:
-        raise ValueError(f"chat {options.target!r}: neither 'render' nor 'parse'")
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
@@ -346,7 +356,7 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "eval": (define_eval, "score a model or an endpoint on suites of tasks"),
     "export": (define_export, "write a run's weights in the hub layout"),
     "serve": (define_serve, "serve a model: OpenAI-compatible HTTP and a chat page"),
-    "chat": (define_chat, "render messages, or parse what a model wrote, to debug templates"),
+    "chat": (define_chat, "converse with a model in the terminal; or render and parse chats, to debug templates"),
 }
 
 

@@ -46,8 +46,10 @@ def test_every_text_is_encoded_as_by_the_tokenizer(encoder, text):
 
 @pytest.mark.slow
 def test_every_character_between_others_is_encoded_as_by_the_tokenizer(encoder):
-    """Each assigned character of the basic plane beside a letter, a digit, a symbol, a space and a line end."""
-    characters = [chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) != "Cs"]
+    """Beside a letter, a digit, a symbol, a space and a line end; of long runs of one category, the first and last."""
+    kinds = [unicodedata.category(chr(code)) for code in range(0x10000)]
+    edges = {code + side for code in range(1, 0x10000) if kinds[code] != kinds[code - 1] for side in (-1, 0)}
+    characters = [chr(code) for code in sorted(edges | set(range(0x2000))) if kinds[code] != "Cs"]
     text = "".join(f"a{c}b {c} 1{c}2.{c}{c},\n{c}\n'{c}" for c in characters)
     assert text.isascii() is False
     assert encode(encoder, text) == encoder.tokenizer.encode(text)

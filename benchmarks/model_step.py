@@ -1,7 +1,7 @@
 """One training step, forward and backward, against transformers' Glm4MoeForCausalLM.
 
-Same weights, same tokens, same process, alternating round by round; the figures are ratios of times measured within
-one round, so that a noisy machine disturbs both sides alike. Run with `make bench`, or
+Same weights, same tokens, same process, alternating round by round, in CPU time; the figures are ratios within one
+round, so that a noisy machine disturbs both sides alike. Run with `make bench`, or
 
     python benchmarks/model_step.py [--shapes small,medium,large] [--processes 1,2] [--rounds 5] [--json FILE]
 """
@@ -42,11 +42,20 @@ def configuration(shape: str) -> Any:
     hidden = sizes["hidden_size"]
     values = {
         **sizes,
-        "vocab_size": 4096, "intermediate_size": 2 * hidden, "first_k_dense_replace": 1,
-        "num_attention_heads": hidden // head_dim, "num_key_value_heads": 2, "head_dim": head_dim,
-        "num_experts_per_tok": EXPERTS_PER_TOKEN[shape], "routed_scaling_factor": 1.0, "use_qk_norm": True,
-        "attention_bias": True, "rope_theta": 10_000.0, "max_position_embeddings": 4096,
-        "num_nextn_predict_layers": 0, "initializer_range": 0.02,
+        "vocab_size": 4096,
+        "intermediate_size": 2 * hidden,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": hidden // head_dim,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN[shape],
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 4096,
+        "num_nextn_predict_layers": 0,
+        "initializer_range": 0.02,
     }
     return from_dict(ModelConfig, values)
 
@@ -139,9 +148,10 @@ def peer_gradient(parameters: dict[str, Any], key: str) -> Any:
 
 
 def timed(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    """Return the CPU seconds of a step: wall time on a quiet machine, and little disturbed on a busy one."""
+    start = time.process_time()
     step()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def gemm_rate(dtype: Any) -> float:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from glm45.kernels import native
-from glm45.kernels.products import prepare, product
+from glm45.kernels.products import Groups, prepare, product_by_rows, product_by_terms
 from glm45.kernels.swiglu import native_swiglu, native_swiglu_backward, swiglu
 
 
@@ -100,10 +100,9 @@ class _Routing:
         self.pair_of_row = ids.new_empty(ids.numel())
         self.row_of_pair = ids.new_empty(ids.numel())
         native.function("route_sort")(ids, ids.numel(), num_experts, self.offsets, self.pair_of_row, self.row_of_pair)
-        bounds = self.offsets.tolist()
-        if bounds[-1] != ids.numel():
+        if self.offsets[-1] != ids.numel():
             raise IndexError(f"expert ids must lie in 0..{num_experts - 1}, got {ids.min()}..{ids.max()}")
-        self.slices = [(e, slice(bounds[e], bounds[e + 1])) for e in range(num_experts) if bounds[e] < bounds[e + 1]]
+        self.groups = Groups.of(self.offsets)
 
     def gather(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Return every pair's token, sorted by expert, `[R, D]`."""
@@ -150,12 +149,10 @@ class _NativeExperts(torch.autograd.Function):
         x_RD = routing.gather(x_ND)
         num_rows = x_RD.shape[0]
         gate_up_R2I = x_ND.new_empty(num_rows, 2 * intermediate)
-        for expert, rows in routing.slices:
-            product(x_RD[rows], gate_up_EDJ[expert], out_MN=gate_up_R2I[rows])
+        product_by_rows(x_RD, gate_up_EDJ, routing.groups, gate_up_R2I)
         hidden_RI = x_ND.new_empty(num_rows, intermediate)
         native_swiglu(gate_up_R2I, row_weights_R, hidden_RI)
-        for expert, rows in routing.slices:
-            product(hidden_RI[rows], down_EID[expert], out_MN=x_RD[rows])
+        product_by_rows(hidden_RI, down_EID, routing.groups, x_RD)
         ctx.save_for_backward(x_ND, gate_up_EDJ, down_EID, row_weights_R, gate_up_R2I)
         return routing.combine(x_RD)
 
@@ -166,31 +163,17 @@ class _NativeExperts(torch.autograd.Function):
         routing = ctx.routing
         grad_RD = routing.gather(grad_ND)
         grad_hidden_RI = gate_up_R2I.new_empty(gate_up_R2I.shape[0], down_EID.shape[1])
-        for expert, rows in routing.slices:
-            product(grad_RD[rows], down_EID[expert].mT, out_MN=grad_hidden_RI[rows])
+        product_by_rows(grad_RD, down_EID.mT, routing.groups, grad_hidden_RI)
         hidden_RI, grad_weights_R = torch.empty_like(grad_hidden_RI), torch.empty_like(row_weights_R)
         grad_gate_up_R2I = torch.empty_like(gate_up_R2I)
         native_swiglu_backward(
             *(grad_hidden_RI, gate_up_R2I, row_weights_R, grad_gate_up_R2I, hidden_RI, grad_weights_R)
         )
-        grad_down_EDI = _products_by_expert(routing, grad_RD, hidden_RI, ctx.weight_dtype)
-        for expert, rows in routing.slices:  # x's gradient takes the place of the output's, which is spent
-            product(grad_gate_up_R2I[rows], gate_up_EDJ[expert].mT, out_MN=grad_RD[rows])
+        grad_down_EDI = product_by_terms(grad_RD, hidden_RI, routing.groups, ctx.weight_dtype)
+        # x's gradient takes the place of the output's, which is spent.
+        product_by_rows(grad_gate_up_R2I, gate_up_EDJ.mT, routing.groups, grad_RD)
         grad_x_ND = routing.combine(grad_RD)
-        grad_gate_up = _products_by_expert(routing, grad_gate_up_R2I, routing.gather(x_ND), ctx.weight_dtype)
+        grad_gate_up = product_by_terms(grad_gate_up_R2I, routing.gather(x_ND), routing.groups, ctx.weight_dtype)
         num_experts, size, intermediate = grad_down_EDI.shape
         grad_weights_NK = grad_weights_R[routing.row_of_pair].view(routing.num_tokens, routing.num_choices)
         return grad_x_ND, grad_gate_up.view(num_experts, 2, intermediate, size), grad_down_EDI, None, grad_weights_NK
-
-
-def _products_by_expert(
-    routing: _Routing, left_RA: torch.Tensor, right_RB: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return `[E, A, B]`: for every expert, the product over its rows; zeros for one without rows."""
-    num_experts = routing.offsets.numel() - 1
-    shape = (num_experts, left_RA.shape[1], right_RB.shape[1])
-    full = len(routing.slices) == num_experts
-    out_EAB = left_RA.new_empty(shape, dtype=dtype) if full else left_RA.new_zeros(shape, dtype=dtype)
-    for expert, rows in routing.slices:
-        product(left_RA[rows].T, right_RB[rows], out_MN=out_EAB[expert])
-    return out_EAB

@@ -1,7 +1,7 @@
 """Matrix products of bf16 activations on CPU, in the arithmetic unit that is fastest there.
 
-M rows, N columns, K terms of a sum. Processors differ by a factor of six in how fast their bf16 units are against
-their fp32 and fp16 ones (those with AMX lead, some with AVX512-BF16 alone are slower than in fp32), so `bf16_unit`
+M rows, N columns, K terms of a sum, G groups of rows R. How fast bf16 units are against fp32 and fp16 ones differs
+widely between processors (those with AMX lead, some with AVX512-BF16 alone are slower than in fp32), so `bf16_unit`
 measures once per machine and keeps the answer beside the compiled kernels:
 
 - "torch": `torch.mm` on bf16 operands; weights are cast to bf16 and the cast copy is kept for the backward pass.
@@ -12,11 +12,13 @@ Whichever it is, sums end in fp32 and operands are at least as exact as bf16.
 """
 
 import functools
+import itertools
 import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,6 +90,60 @@ def _native_product(
     elif not add:
         out_MN.zero_()
     return out_MN
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Consecutive slices of rows, one for each of G matrices."""
+
+    offsets: torch.Tensor
+    """Where each slice begins, and where the last one ends, `[G + 1]` int64."""
+    slices: list[tuple[int, slice]]
+    """The matrix and the rows of every slice that is not empty."""
+
+    @classmethod
+    def of(cls, offsets: torch.Tensor) -> "Groups":
+        """Read the offsets."""
+        bounds = offsets.tolist()
+        pairs = itertools.pairwise(bounds)
+        return cls(offsets, [(g, slice(start, stop)) for g, (start, stop) in enumerate(pairs) if start < stop])
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+
+def product_by_rows(a_MK: torch.Tensor, b_GKN: torch.Tensor, groups: Groups, out_MN: torch.Tensor) -> None:
+    """Write `out[rows] = a[rows] @ b[g]` for every group g of rows."""
+    if not (out_MN.dtype == torch.bfloat16 and _takes(b_GKN, torch.bfloat16)):
+        for group, rows in groups.slices:
+            product(a_MK[rows], b_GKN[group], out_MN=out_MN[rows])
+        return
+    native.function("matmul_groups")(
+        *(native.pointer(a_MK), _TYPES[a_MK.dtype], *a_MK.stride()),
+        *(native.pointer(b_GKN), _TYPES[b_GKN.dtype], *b_GKN.stride()),
+        *(native.pointer(out_MN), _TYPES[out_MN.dtype], out_MN.stride(0)),
+        *(groups.offsets, len(groups), *b_GKN.shape[:0:-1], int(bf16_unit() == "fp16")),
+        native.threads_for(out_MN.numel() // len(groups)),
+    )
+
+
+def product_by_terms(a_RM: torch.Tensor, b_RN: torch.Tensor, groups: Groups, dtype: torch.dtype) -> torch.Tensor:
+    """Return `[G, M, N]`: `a[rows].T @ b[rows]` for every group of rows, zeros for one without any."""
+    shape = (len(groups), a_RM.shape[1], b_RN.shape[1])
+    full = len(groups.slices) == len(groups)
+    out_GMN = a_RM.new_empty(shape, dtype=dtype) if full else a_RM.new_zeros(shape, dtype=dtype)
+    if not _takes(a_RM, a_RM.dtype):
+        for group, rows in groups.slices:
+            product(a_RM[rows].T, b_RN[rows], out_MN=out_GMN[group])
+        return out_GMN
+    native.function("matmul_term_groups")(
+        *(native.pointer(a_RM), _TYPES[a_RM.dtype], a_RM.stride(1), a_RM.stride(0)),
+        *(native.pointer(b_RN), _TYPES[b_RN.dtype], *b_RN.stride()),
+        *(native.pointer(out_GMN), _TYPES[out_GMN.dtype], *out_GMN.stride()[:2]),
+        *(groups.offsets, len(groups), *shape[1:], int(bf16_unit() == "fp16")),
+        native.threads_for(out_GMN.numel() // len(groups)),
+    )
+    return out_GMN
 
 
 @functools.cache

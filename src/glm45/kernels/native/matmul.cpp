@@ -16,7 +16,7 @@ constexpr int64_t ROWS = 8;             // rows of A in a tile
 constexpr int64_t BLOCK_BYTES = 1 << 20; // of packed B, to stay in a core's second-level cache
 constexpr int64_t K_BLOCK = 512;        // terms of a sum taken together where C is fp32
 constexpr int64_t CHUNK = 32;           // products summed in fp16
-constexpr float LARGEST = 32.0f;        // after scaling: 32 * 32 * CHUNK is half of fp16's range
+constexpr int LARGEST_EXPONENT = 4;     // after scaling below 32: 32 * 32 * CHUNK is half of fp16's range
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -25,6 +25,8 @@ template <class T>
 struct Operand {
     const T* data;
     int64_t row_stride, k_stride, rows;
+    Operand(const T* data, int64_t row_stride, int64_t k_stride, int64_t rows)
+        : data(data), row_stride(row_stride), k_stride(k_stride), rows(rows) {}
 };
 
 // Packs rows [row, row + 16) as [K][16], zeros past the last one, and returns each row's largest magnitude.
@@ -63,6 +65,8 @@ struct Target {
     int64_t row_stride;
     bool add;           // to what is there
     const float* bias;  // one a column, or null
+    Target(T* data, int64_t row_stride, bool add, const float* bias)
+        : data(data), row_stride(row_stride), add(add), bias(bias) {}
 };
 
 // Puts a tile [rows][columns] at (row, column), times a scale for each row and column where given.
@@ -146,11 +150,13 @@ typedef _Float16 loose_narrow __attribute__((vector_size(32), aligned(2), may_al
 inline floats choose_scales(floats largest, float* inverses) {
     floats scales;
     for (int64_t lane = 0; lane < LANES; ++lane) {
-        int exponent = 0;
-        if (largest[lane] > 0.0f && std::isfinite(largest[lane])) std::frexp(largest[lane] / LARGEST, &exponent);
+        int32_t bits, exponent = 0;
+        std::memcpy(&bits, reinterpret_cast<const char*>(&largest) + lane * sizeof bits, sizeof bits);
+        if (bits > 0 && bits < 0x7f800000) exponent = (bits >> 23) - 127 - LARGEST_EXPONENT;
         exponent = std::max(-120, std::min(120, exponent));
-        scales[lane] = std::ldexp(1.0f, -exponent);
-        inverses[lane] = std::ldexp(1.0f, exponent);
+        int32_t up = (127 - exponent) << 23, down = (127 + exponent) << 23;
+        std::memcpy(reinterpret_cast<char*>(&scales) + lane * sizeof up, &up, sizeof up);
+        std::memcpy(inverses + lane, &down, sizeof down);
     }
     return scales;
 }
@@ -250,7 +256,7 @@ void matmul_fp16(const Operand<TA>&, const Operand<TB>&, const Target<TC>&, int6
 // One thread's part is a range of C's rows, or of its columns where there are more of those. Into fp32, a long sum is
 // taken in blocks that keep a panel of B in the first-level cache.
 template <class TA, class TB, class TC>
-void matmul(Operand<TA> A, Operand<TB> B, Target<TC> C, int64_t K, bool fp16, int64_t threads) {
+void multiply(Operand<TA> A, Operand<TB> B, Target<TC> C, int64_t K, bool fp16, int64_t threads) {
     auto run = fp16 ? matmul_fp16<TA, TB, TC> : matmul_fp32<TA, TB, TC>;
     int64_t along = std::max(A.rows, B.rows), k_block = sizeof(TC) == sizeof(float) ? K_BLOCK : K;
     parallel((along + 63) / 64, threads, [&](int64_t begin, int64_t end, int64_t) {
@@ -282,18 +288,55 @@ EXPORT int64_t has_fp16() {
 #endif
 }
 
+namespace {
+
+// Calls run(a, b, c) with pointers of the types that the numbers name: 0 for fp32, 1 for bf16.
+template <class Run>
+void with_types(const void* A, int64_t a_type, const void* B, int64_t b_type, void* C, int64_t c_type, const Run& run) {
+    auto with_b = [&](auto* a, auto* b) { c_type ? run(a, b, (bfloat16*)C) : run(a, b, (float*)C); };
+    auto with_a = [&](auto* a) { b_type ? with_b(a, (const bfloat16*)B) : with_b(a, (const float*)B); };
+    a_type ? with_a((const bfloat16*)A) : with_a((const float*)A);
+}
+
+}  // namespace
+
 // Strides are in elements; C's rows are contiguous; bias (may be null) is one fp32 a column. Types: 0 fp32, 1 bf16.
 EXPORT void matmul(const void* A, int64_t a_type, int64_t a_row, int64_t a_k, const void* B, int64_t b_type,
                    int64_t b_k, int64_t b_column, void* C, int64_t c_type, int64_t c_row, const float* bias, int64_t M,
                    int64_t N, int64_t K, int64_t add, int64_t fp16, int64_t threads) {
-    auto with_c = [&](auto* a, auto* b) {
-        auto run = [&](auto* c) {
-            matmul<std::remove_cv_t<std::remove_pointer_t<decltype(a)>>,
-                   std::remove_cv_t<std::remove_pointer_t<decltype(b)>>, std::remove_pointer_t<decltype(c)>>(
-                {a, a_row, a_k, M}, {b, b_column, b_k, N}, {c, c_row, add != 0, bias}, K, fp16, threads);
-        };
-        c_type ? run((bfloat16*)C) : run((float*)C);
-    };
-    auto with_b = [&](auto* a) { b_type ? with_c(a, (const bfloat16*)B) : with_c(a, (const float*)B); };
-    a_type ? with_b((const bfloat16*)A) : with_b((const float*)A);
+    with_types(A, a_type, B, b_type, C, c_type, [&](auto* a, auto* b, auto* c) {
+        multiply(Operand(a, a_row, a_k, M), Operand(b, b_column, b_k, N), Target(c, c_row, add != 0, bias), K, fp16,
+                 threads);
+    });
+}
+
+// One product for each group g of rows [offsets[g], offsets[g + 1]) of A and C, with the matrix of B at g * b_group.
+EXPORT void matmul_groups(const void* A, int64_t a_type, int64_t a_row, int64_t a_k, const void* B, int64_t b_type,
+                          int64_t b_group, int64_t b_k, int64_t b_column, void* C, int64_t c_type, int64_t c_row,
+                          const int64_t* offsets, int64_t groups, int64_t N, int64_t K, int64_t fp16,
+                          int64_t threads) {
+    with_types(A, a_type, B, b_type, C, c_type, [&](auto* a, auto* b, auto* c) {
+        for (int64_t g = 0; g < groups; ++g) {
+            int64_t first = offsets[g], rows = offsets[g + 1] - first;
+            if (rows)
+                multiply(Operand(a + first * a_row, a_row, a_k, rows), Operand(b + g * b_group, b_column, b_k, N),
+                         Target(c + first * c_row, c_row, false, nullptr), K, fp16, threads);
+        }
+    });
+}
+
+// One product for each group g of terms [offsets[g], offsets[g + 1]), into the matrix of C at g * c_group; a group
+// without terms is left as it is.
+EXPORT void matmul_term_groups(const void* A, int64_t a_type, int64_t a_row, int64_t a_k, const void* B,
+                               int64_t b_type, int64_t b_k, int64_t b_column, void* C, int64_t c_type,
+                               int64_t c_group, int64_t c_row, const int64_t* offsets, int64_t groups, int64_t M,
+                               int64_t N, int64_t fp16, int64_t threads) {
+    with_types(A, a_type, B, b_type, C, c_type, [&](auto* a, auto* b, auto* c) {
+        for (int64_t g = 0; g < groups; ++g) {
+            int64_t first = offsets[g], terms = offsets[g + 1] - first;
+            if (terms)
+                multiply(Operand(a + first * a_k, a_row, a_k, M), Operand(b + first * b_k, b_column, b_k, N),
+                         Target(c + g * c_group, c_row, false, nullptr), terms, fp16, threads);
+        }
+    });
 }

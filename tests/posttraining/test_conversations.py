@@ -21,7 +21,7 @@ from glm45.text.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(["47+85=? 7+5=12 4+8+1=13 the weather in Rome is fine"] * 4, vocab_size=320)
+    return Tokenizer.train(["47+85=? 7+5=12 4+8+1=13 the weather in Rome is fine"] * 4, vocab_size=312)
 
 
 def conversation(number: int, thinking: bool) -> Conversation:

@@ -28,6 +28,8 @@ class Expert:
     """Names its steps."""
     domain: str
     """"arithmetic" (reasoning, thinking), "tools" (function calls, direct) or "instructions" (general, direct)."""
+    base_count: int = 3000
+    """Conversations of its domain that a small base is trained on. Not in the report."""
     cold_start_count: int = 2000
     """Conversations of the cold start: small (report section 3.1)."""
     rl_steps: int = 40
@@ -63,8 +65,6 @@ class ExpertIteration:
     """Hub folder of the base model with its tokenizer; empty trains a small one on sound answers of every domain."""
     base_shape: ModelConfig | None = None
     """Shape of that small base; its vocabulary follows the tokenizer."""
-    base_count: int = 8000
-    """Conversations of each domain that the small base is trained on."""
     base_sft: SFTConfig = SFTConfig()
     """How the small base is trained."""
     vocab_size: int = 640
@@ -140,10 +140,9 @@ def _base(config: ExpertIteration) -> Step:
     assert config.base_shape is not None
     values = {
         "shape": to_dict(config.base_shape),
-        "count": config.base_count,
+        "counts": {expert.domain: expert.base_count for expert in config.experts},
         "sft": to_dict(config.base_sft),
         "vocab_size": config.vocab_size,
-        "domains": [expert.domain for expert in config.experts],
         "cold_start": to_dict(config.cold_start),
         "seed": config.seed,
     }

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import random
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +75,7 @@ def train_base(context: Context) -> None:
     cold = from_dict(ColdStartConfig, config["cold_start"])
     careful = dataclasses.replace(cold.arithmetic, careful_share=1.0)
     sound = ColdStartConfig(arithmetic=careful, sound_share=1.0)
-    conversations = _mixed(config["domains"], derive_seed(config["seed"], "base"), config["count"], sound)
+    conversations = _mixed(config["counts"], derive_seed(config["seed"], "base"), sound)
     tokenizer = Tokenizer.train(_plain_texts(conversations[:4000]), config["vocab_size"])
     _train_from_nothing(context.folder, conversations, tokenizer, config)
 
@@ -251,10 +252,13 @@ def _train_from_nothing(
     fine_tune(folder, conversations, tokenizer, shape, from_dict(SFTConfig, config["sft"]))
 
 
-def _mixed(domains: list[str], seed: int, count: int, config: ColdStartConfig) -> list[Conversation]:
-    """Return conversations of every domain in turn."""
-    makers = [cold_start(domain, seed, count, config) for domain in domains]
-    return [conversation for turn in zip(*makers, strict=True) for conversation in turn]
+def _mixed(counts: Mapping[str, int], seed: int, config: ColdStartConfig) -> list[Conversation]:
+    """Return so many conversations of every domain, shuffled."""
+    conversations = [
+        conversation for domain, count in counts.items() for conversation in cold_start(domain, seed, count, config)
+    ]
+    random.Random(seed).shuffle(conversations)
+    return conversations
 
 
 def _plain_texts(conversations: list[Conversation]) -> Iterator[str]:

@@ -76,7 +76,7 @@ def experts() -> ExpertIteration:
         base_shape=SHAPE,
         base_sft=dataclasses.replace(FROM_NOTHING, sequence_length=384, batch_tokens=3072),
         experts=(
-            Expert(name="reasoning", domain="arithmetic"),
+            Expert(name="reasoning", domain="arithmetic", base_count=24_000),
             Expert(name="tool", domain="tools"),
             Expert(name="general", domain="instructions"),
         ),

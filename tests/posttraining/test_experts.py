@@ -1,0 +1,79 @@
+"""Expert iteration: cold starts with the planted share of faults, the graph of steps, and one tiny run through it."""
+
+import importlib
+import json
+
+import pytest
+
+from glm45.data.splits import is_held_out
+from glm45.environments.tools import read_calls
+from glm45.pipeline import Pipeline
+from glm45.posttraining.coldstart import ColdStartConfig, cold_start
+from glm45.recipes.posttraining import RECIPES, posttraining_steps
+
+
+def test_cold_starts_have_the_planted_share_of_faults_and_no_held_out_prompt():
+    config = ColdStartConfig()
+    made = {domain: list(cold_start(domain, 1, 400, config)) for domain in ("arithmetic", "tools", "instructions")}
+    careful = sum(each.metadata["careful"] for each in made["arithmetic"]) / 400
+    assert careful == pytest.approx(config.arithmetic.careful_share, abs=0.08)
+    for conversations in made.values():
+        assert not any(is_held_out(each.messages[0]["content"]) for each in conversations)
+    assert all(each.thinking for each in made["arithmetic"])
+    assert not any(each.thinking for each in made["tools"] + made["instructions"])
+    assert made["tools"] == list(cold_start("tools", 1, 400, config))
+    with pytest.raises(ValueError, match="no cold start for 'agents'"):
+        list(cold_start("agents", 1, 1, config))
+
+
+def test_sound_cold_starts_are_right():
+    config = ColdStartConfig(sound_share=1.0)
+    for each in cold_start("arithmetic", 2, 100, config):
+        truth = str(eval(each.messages[0]["content"].removesuffix("=?")))
+        assert each.messages[1]["content"] == truth or not each.metadata["careful"]
+    for each in cold_start("tools", 2, 100, config):
+        assert read_calls(each.messages[1]) is not None
+
+
+@pytest.mark.parametrize("name", ["experts", *RECIPES])
+def test_every_recipe_is_a_graph_of_functions_that_are_there(name):
+    steps = posttraining_steps(name, [])
+    pipeline = Pipeline("nowhere", steps)
+    assert len(pipeline.steps) >= 4
+    for step in steps:
+        module, function = step.function.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), step.function
+        json.dumps(dict(step.config))
+
+
+def test_experts_share_a_base_and_meet_in_the_overall_set():
+    needs = {step.name: step.needs for step in posttraining_steps("experts", [])}
+    experts = ("reasoning", "tool", "general")
+    assert all(needs[f"{name}-cold-start"] == ("base",) for name in experts)
+    assert needs["overall-sft"] == ("base", *(f"{name}-trajectories" for name in experts))
+    assert needs["final-rl"] == ("overall-sft", "tasks")
+    assert set(needs["comparison"]) == {"tasks", "final-rl", *(f"{name}-rl" for name in experts)}
+    assert "final-rl" not in {step.name for step in posttraining_steps("experts", ["final_rl_steps=0"])}
+
+
+def test_unknown_recipes_and_overrides_are_refused():
+    with pytest.raises(ValueError, match="known: experts, arithmetic"):
+        posttraining_steps("expert", [])
+    with pytest.raises(ValueError, match="takes seed=NUMBER"):
+        posttraining_steps("length", ["lr=3"])
+
+
+@pytest.mark.proof
+def test_a_tiny_run_goes_through_every_step(tmp_path):
+    """Nothing is learnt in so few steps; every filter is open, and all figures and the lineage are written."""
+    from glm45.recipes.posttraining import run_posttraining
+
+    overrides = ["num_tasks=200", "final_rl_steps=1", "base_sft.epochs=1", "balance.thinking_share=0"]
+    overrides += ["trajectories.num_prompts=8", "trajectories.rejection.min_reward=0", "rl.evaluation.num_tasks=8"]
+    for expert in range(3):
+        overrides += [f"experts.{expert}.{name}" for name in ("base_count=100", "cold_start_count=60", "rl_steps=1")]
+    figures = run_posttraining("experts", tmp_path, overrides)
+    assert set(figures) == {"reasoning", "tool", "general"}
+    lineage = json.loads((tmp_path / "lineage.json").read_text())
+    assert set(lineage) == {step.name for step in posttraining_steps("experts", overrides)}
+    assert all(record["token"] for record in lineage.values())

@@ -48,6 +48,7 @@ def test_train_export_and_load(glm45, tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_the_run_folder_says_what_ran(glm45, toy_recipe, tmp_path):
     glm45("train", "toy", "seed=5", "--run", tmp_path, "--processes", 1)
     assert json.loads((tmp_path / "config.json").read_text()) == to_dict(toy_recipe("seed=5"))
@@ -99,6 +100,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(glm45, tmp_path, arguments, 
     assert said in error
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused_on_resume(glm45, toy_data, tmp_path):
     glm45("train", "toy", "--run", tmp_path / "run", "--processes", 1)
     other = tmp_path / "other"
@@ -124,6 +126,7 @@ def test_export_without_a_run_or_checkpoint(glm45, toy_recipe, tmp_path):
     assert "no checkpoint of step 3" in glm45("export", tmp_path, tmp_path / "out", "--step", 3)[2]
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_the_numbers(toy_recipe, tmp_path, monkeypatch):
     calls = []
 

@@ -38,6 +38,7 @@ def steps_of(folder):
     return [line for line in read_record(folder) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_nan_and_a_spike_are_skipped_and_survived(toy_recipe, tmp_path, monkeypatch):
     inject(monkeypatch, {9: math.nan, 12: 1000.0})
     model = train(Run.open(tmp_path, toy_recipe("guard.min_history=8")))
@@ -51,6 +52,7 @@ def test_a_nan_and_a_spike_are_skipped_and_survived(toy_recipe, tmp_path, monkey
     assert record[-1]["next_token_loss"] < record[0]["next_token_loss"] - 0.5
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_no_weight(toy_recipe, tmp_path, monkeypatch):
     """Two runs that differ in the bad step's gradient end alike."""
     ends = []
@@ -62,6 +64,7 @@ def test_a_skipped_step_changes_no_weight(toy_recipe, tmp_path, monkeypatch):
         assert torch.equal(first, second), name
 
 
+@pytest.mark.slow
 def test_a_row_of_bad_batches_takes_the_run_back_and_past_them(toy_recipe, tmp_path, monkeypatch):
     inject(monkeypatch, dict.fromkeys((7, 8, 9), math.nan))
     train(Run.open(tmp_path, toy_recipe("guard.max_skips=3")))
@@ -73,6 +76,7 @@ def test_a_row_of_bad_batches_takes_the_run_back_and_past_them(toy_recipe, tmp_p
     assert [line["step"] for line in steps if "skipped" in line] == [8, 9, 10]
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_bad_stops_with_advice(toy_recipe, tmp_path, monkeypatch):
     inject(monkeypatch, dict.fromkeys(range(4, 24), math.nan))
     with pytest.raises(RuntimeError, match=r"stayed bad after 1 rollbacks.*lower learning_rate.peak"):

@@ -43,6 +43,7 @@ def test_the_monitor_sums_over_steps_and_survives_a_restart():
     assert first.look() == ({}, [])
 
 
+@pytest.mark.slow
 def test_a_planted_router_bias_rings_and_the_balance_update_mends_it(toy_recipe, tmp_path, monkeypatch):
     """One expert is given a selection bias that no score can beat: with rate 0 it stays, with a rate it goes."""
     from glm45.training import loop

@@ -90,6 +90,7 @@ def test_twenty_killed_runs_equal_the_uninterrupted_one(toy_recipe, tmp_path, un
     assert all_in_save > 0, "no kill fell into a save: make the saves slower"
 
 
+@pytest.mark.slow
 def test_resuming_in_every_stage_is_bit_equal(toy_recipe, tmp_path, uninterrupted, monkeypatch):
     """A stop and a start in each stage, with the changed batch size, sequence length and RoPE base."""
     expected_folder, weights, _ = uninterrupted
@@ -135,6 +136,7 @@ def test_sigterm_saves_and_says_how_to_go_on(toy_recipe, toy_data, tmp_path, uni
     assert_same_run(tmp_path, expected_folder, weights)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_and_the_checkpoint_before_used(toy_recipe, tmp_path, uninterrupted, capsys):
     expected_folder, _, _ = uninterrupted
     train(Run.open(tmp_path, toy_recipe()))
@@ -159,6 +161,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(toy_recipe, tmp_path):
     Run.open(tmp_path, override(toy_recipe(), ["micro_batch_tokens=128"]))  # does not change what is computed
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_lines_before(toy_recipe, tmp_path):
     """The log of record is cut at the checkpoint and no further."""
     train(Run.open(tmp_path, toy_recipe()))

@@ -103,7 +103,7 @@ def _train(
                 state.save(checkpoints, metrics.length)
             if stop.requested and state.step < plan.num_steps:
                 checkpoints.wait()
-                raise RunStoppedError(stop.requested, _farewell(run, state))
+                raise RunStoppedError(stop.requested, _farewell(run, state, stop.requested))
         checkpoints.wait()
         checkpoints.prune(state.best[0] if state.best else None)
         display.say(f"done: {plan.num_steps} steps, {plan.tokens:,} tokens; {run.folder}")
@@ -283,9 +283,8 @@ def _timing(state: TrainingState, step: Step, seconds: float, peak_flops: float)
     return {"seconds": seconds, "tokens_per_second": speed, "peak_share": speed * flops / peak_flops}
 
 
-def _farewell(run: Run, state: TrainingState) -> str:
-    name = signal.Signals.SIGTERM.name
+def _farewell(run: Run, state: TrainingState, number: int) -> str:
     return (
-        f"stopped at step {state.step} of {state.plan.num_steps} ({name} or Ctrl-C); everything is saved. Go on with: "
-        f"glm45 train {run.config.name} --run {run.folder}"
+        f"stopped at step {state.step} of {state.plan.num_steps} by {signal.Signals(number).name}; everything is "
+        f"saved. Go on with: glm45 train {run.config.name} --run {run.folder}"
     )

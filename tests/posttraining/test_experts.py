@@ -59,7 +59,7 @@ def test_experts_share_a_base_and_meet_in_the_overall_set():
 def test_unknown_recipes_and_overrides_are_refused():
     with pytest.raises(ValueError, match="known: experts, arithmetic"):
         posttraining_steps("expert", [])
-    with pytest.raises(ValueError, match="takes seed=NUMBER"):
+    with pytest.raises(ValueError, match="takes seed=, steps="):
         posttraining_steps("length", ["lr=3"])
 
 

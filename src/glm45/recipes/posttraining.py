@@ -87,12 +87,12 @@ def experts() -> ExpertIteration:
     )
 
 
-def arithmetic(seed: int = 0, steps: int = 60) -> list[Step]:
+def arithmetic(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> list[Step]:
     """The laptop experiment: an arithmetic cold start, then RL."""
-    return [*_start(seed, PROBLEMS), _arm("rl", seed, _rl(steps=steps)), _arms(["rl"])]
+    return [*_start(seed, PROBLEMS, conversations), _arm("rl", seed, _rl(steps=steps)), _arms(["rl"])]
 
 
-def curriculum(seed: int = 0, steps: int = 60) -> list[Step]:
+def curriculum(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> list[Step]:
     """Moderate then hard against staying on moderate and hard from the start (report, figure 5)."""
     problems = dataclasses.replace(PROBLEMS, max_digits=5)
     stage = CurriculumStage(pool="moderate", until_step=steps // 2)
@@ -110,34 +110,34 @@ def curriculum(seed: int = 0, steps: int = 60) -> list[Step]:
         "moderate-then-hard": _rl(steps=steps, pools="measured", stages=(stage, hard)),
         "hard-only": _rl(steps=steps, pools="measured", stages=(hard,)),
     }
-    start = _start(seed, problems, num_tasks=800)
+    start = _start(seed, problems, conversations, num_tasks=800)
     arms = [_arm(name, seed, config, ("pools",)) for name, config in runs.items()]
     return [*start, measured, *arms, _arms(list(runs))]
 
 
-def length(seed: int = 0, steps: int = 60) -> list[Step]:
+def length(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> list[Step]:
     """One stage at the full cap against growing caps at the report's fractions of the run (figure 6)."""
     switches = [round(steps * fraction) for fraction in (0, 320 / 2160, 1200 / 2160, 1600 / 2160)]
     growing = LengthSchedule(caps=tuple(zip(switches, (16, 32, 48, 64), strict=True)))
     runs = {"single-stage": _rl(steps=steps), "multi-stage": _rl(steps=steps, lengths=growing)}
-    return _comparison(seed, PROBLEMS, runs)
+    return _comparison(seed, PROBLEMS, conversations, runs)
 
 
-def temperature(seed: int = 0, steps: int = 60) -> list[Step]:
+def temperature(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> list[Step]:
     """A temperature that rises on plateaus against a fixed one."""
     dynamic = TemperatureConfig(candidates=(0.8, 1.0, 1.2, 1.4), plateau_window=8)
     runs = {"fixed": _rl(steps=steps), "dynamic": _rl(steps=steps, temperature=dynamic)}
-    return _comparison(seed, PROBLEMS, runs)
+    return _comparison(seed, PROBLEMS, conversations, runs)
 
 
-def aggregation(seed: int = 0, steps: int = 60) -> list[Step]:
+def aggregation(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> list[Step]:
     """Token-weighted against sequence-mean loss (figure 7), on responses of five-fold spread in length."""
     spread = dataclasses.replace(PROBLEMS, min_digits=1, max_digits=5)
     runs = {
         "token-weighted": _rl(steps=steps, loss=LossConfig(default_aggregation="token")),
         "sequence-mean": _rl(steps=steps, loss=LossConfig(default_aggregation="sequence")),
     }
-    return _comparison(seed, spread, runs)
+    return _comparison(seed, spread, conversations, runs)
 
 
 RECIPES: dict[str, Callable[..., list[Step]]] = {
@@ -152,7 +152,8 @@ RECIPES: dict[str, Callable[..., list[Step]]] = {
 def posttraining_steps(name: str, overrides: Sequence[str]) -> list[Step]:
     """Return a recipe's steps. Raises ValueError for an unknown name, listing the known, or a wrong override.
 
-    `experts` takes dotted overrides of its whole configuration, the experiments `seed=` and `steps=`.
+    `experts` takes dotted overrides of its whole configuration, the experiments `seed=`, `steps=` (updates of each
+    arm) and `conversations=` (of the cold start).
     """
     if name == "experts":
         return expert_iteration_steps(override(experts(), overrides))
@@ -161,8 +162,8 @@ def posttraining_steps(name: str, overrides: Sequence[str]) -> list[Step]:
     values: dict[str, int] = {}
     for assignment in overrides:
         key, equals, value = assignment.partition("=")
-        if key not in ("seed", "steps") or not equals or not value.isdigit():
-            raise ValueError(f"override {assignment!r}: {name} takes seed=NUMBER and steps=NUMBER")
+        if key not in ("seed", "steps", "conversations") or not equals or not value.isdigit():
+            raise ValueError(f"override {assignment!r}: {name} takes seed=, steps= and conversations= with a number")
         values[key] = int(value)
     return RECIPES[name](**values)
 
@@ -181,20 +182,20 @@ def run_posttraining(name: str, folder: Path, overrides: Sequence[str], only: Se
     return json.loads(figures.read_text()) if figures.exists() else {}
 
 
-def _comparison(seed: int, problems: ArithmeticConfig, runs: dict[str, RLConfig]) -> list[Step]:
+def _comparison(seed: int, problems: ArithmeticConfig, conversations: int, runs: dict[str, RLConfig]) -> list[Step]:
     arms = [_arm(name, seed, config) for name, config in runs.items()]
-    return [*_start(seed, problems), *arms, _arms(list(runs))]
+    return [*_start(seed, problems, conversations), *arms, _arms(list(runs))]
 
 
 def _rl(**changes: Any) -> RLConfig:
     return RLConfig(name="arm", policy="", tasks="", held_out="", **changes)
 
 
-def _start(seed: int, problems: ArithmeticConfig, num_tasks: int = 6000) -> list[Step]:
+def _start(seed: int, problems: ArithmeticConfig, conversations: int, num_tasks: int = 6000) -> list[Step]:
     """The steps that every experiment begins with: a policy with something to learn, and tasks split by hash."""
     policy = {
         "shape": to_dict(SHAPE),
-        "count": 40_000,
+        "count": conversations,
         "sft": to_dict(dataclasses.replace(FROM_NOTHING, seed=seed)),
         "vocab_size": 300,
         "cold_start": to_dict(ColdStartConfig(arithmetic=problems)),

@@ -81,10 +81,11 @@ class BlockManager:
         Shared blocks that would be written to are replaced by copies. Returns the pairs (from, to) of blocks to
         copy, or None, with nothing changed, if there are not enough blocks.
         """
-        wanted = self.blocks_for(num_tokens) - len(table.blocks)
-        shared = [
-            i for i in range(first_new // self.block_size, len(table.blocks)) if self._references[table.blocks[i]] > 1
-        ]
+        size, blocks, references = self.block_size, table.blocks, self._references
+        first_written, wanted = first_new // size, -(-num_tokens // size) - len(blocks)
+        if wanted <= 0 and first_written == len(blocks) - 1 and references[blocks[-1]] == 1:
+            return []  # decoding, fifteen times of sixteen
+        shared = [i for i in range(first_written, len(blocks)) if references[blocks[i]] > 1]
         if max(wanted, 0) + len(shared) > self.num_available:
             return None
         copies = []

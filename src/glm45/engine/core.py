@@ -185,9 +185,9 @@ class Core:
     def _report(self, sequence: Sequence) -> None:
         """Hand new tokens to the stream, and the result to whoever waits once every sample has ended."""
         job = self.jobs.get(sequence.request.id)
-        if job is None:
-            return
         finished = sequence.finish_reason is not None
+        if job is None or not (finished or job.deltas):
+            return
         if finished and sequence.text is not None:
             sequence.text.finish()
         if job.deltas is not None:

@@ -128,8 +128,10 @@ class Scheduler:
         plan = Plan()
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
-        decoding = [sequence for sequence in self.running if sequence.num_pending_tokens == 1]
-        for sequence in decoding + [s for s in self.running if s.num_pending_tokens > 1]:
+        decoding, prefilling = [], []
+        for sequence in self.running:
+            (prefilling if sequence.num_pending_tokens > 1 else decoding).append(sequence)
+        for sequence in decoding + prefilling:
             num_tokens = self._chunk(sequence, budget)
             # Whoever was preempted by an earlier one has no blocks any more.
             if num_tokens and sequence.table.blocks and self._reserve(sequence, num_tokens, plan):
@@ -188,10 +190,10 @@ class Scheduler:
 
         Drafts are never given up, not even in preemption: with the same drafts a seed gives the same output.
         """
-        num_tokens = min(sequence.num_pending_tokens, max(budget, 0))
-        if num_tokens == sequence.num_pending_tokens and num_tokens + len(sequence.drafts) > budget:
-            num_tokens -= 1
-        return num_tokens
+        num_pending = sequence.num_pending_tokens
+        if num_pending + len(sequence.drafts) <= budget:
+            return num_pending
+        return min(num_pending - 1, max(budget, 0)) if num_pending <= budget else max(budget, 0)
 
     def _reserve(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Make room for the sequence's next tokens, preempting the youngest others if need be."""

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from glm45.engine.clients import InProcessClient
 
+from glm45.engine.clients import InProcessClient
 from glm45.engine.engine import Engine, EngineConfig
 from glm45.environments.arithmetic import arithmetic_tasks
 from glm45.environments.verify import RewardWorkers

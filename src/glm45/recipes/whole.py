@@ -43,6 +43,8 @@ class Scale:
     """Training prompts on which each expert is sampled for the unified model."""
     num_tasks: int = 150
     """Held-out tasks of each suite."""
+    sequence_length: int = 512
+    """Tokens of a fine-tuning row: the tools' schemas are most of it."""
 
 
 FEW_MODULES = (
@@ -60,6 +62,7 @@ FAST = Scale(
     final_steps=1,
     prompts=40,
     num_tasks=10,
+    sequence_length=2048,
 )
 
 
@@ -84,7 +87,7 @@ def _posttraining(scale: Scale) -> list[Step]:
     gentle = dataclasses.replace(
         FROM_NOTHING,
         learning_rate=LearningRate(peak=2e-3, final=2e-4),
-        sequence_length=512,
+        sequence_length=scale.sequence_length,
         batch_tokens=4096,
         router_bias_rate=0.0,
         mtp_weight=0.1,
@@ -161,9 +164,7 @@ def run_whole(
     except KeyboardInterrupt:
         print(f"stopped; everything finished is kept. Go on with: glm45 run {name} --run {folder}", file=sys.stderr)
         return 130
-    finally:
-        if pipeline.lineage():
-            print(f"report: {write_report(folder)}")
+    print(f"report: {write_report(folder)}")
     if (folder / "model").exists():
         print(f"chat:   glm45 chat {folder}\nserve:  glm45 serve {folder}")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 from glm45.evaluation.runner import RESULT, TRANSCRIPTS
 from glm45.page import Page, bars
 from glm45.pipeline import RECORD
+from glm45.report.reinforcement import add_reinforcement
 from glm45.report.training import add_training
 
 LIMITS = (
@@ -36,7 +37,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         folder = run / "steps" / name
         if (folder / "manifest.json").exists():
             _add_corpus(page, name, json.loads((folder / "manifest.json").read_text()))
-        if (folder / "metrics.jsonl").exists() and (folder / "samples").exists():
+        if (folder / "metrics.jsonl").exists() and (folder / "policy").exists():
+            page.section(f"Reinforcement learning: {name}")
+            add_reinforcement(page, folder)
+        elif (folder / "metrics.jsonl").exists():
             page.section(f"Training: {name}")
             add_training(page, folder)
     _add_evaluation(page, run)
@@ -93,29 +97,18 @@ def _machine() -> str:
 
 def _add_corpus(page: Page, name: str, manifest: Mapping[str, Any]) -> None:
     page.section(f"Data: {name}")
-    datasets = manifest.get("datasets", {})
-    rows = datasets.items() if isinstance(datasets, dict) else ((entry["name"], entry) for entry in datasets)
-    tokens = {key: entry.get("num_tokens", entry.get("tokens", 0)) for key, entry in rows}
+    tokens = {key: entry["tokens"] for key, entry in manifest["datasets"].items()}
     if tokens:
         page.plots(bars({key: value / 1e6 for key, value in tokens.items()}, "Tokens by dataset", "million tokens"))
     steps = manifest.get("steps", [])
     if steps:
-        page.table(["step", "documents in", "documents out", "dropped for"], [_step_row(step) for step in steps])
+        page.table(["step", "documents left", "dropped for"], [_step_row(step) for step in steps])
 
 
 def _step_row(step: Mapping[str, Any]) -> list[str]:
     dropped = step.get("dropped", {})
-    reasons = ", ".join(f"{reason} {_count(entry):,}" for reason, entry in sorted(dropped.items()))
-    return [step["step"], f"{_count(step.get('in')):,}", f"{_count(step.get('out')):,}", reasons or "–"]
-
-
-def _count(entry: Any) -> int:
-    """Return a number of documents, however deep the manifest keeps it."""
-    if isinstance(entry, Mapping):
-        if "documents" in entry or "count" in entry:
-            return int(entry.get("documents", entry.get("count", 0)))
-        return sum(_count(value) for value in entry.values())
-    return int(entry or 0)
+    reasons = ", ".join(f"{reason} {entry['documents']:,}" for reason, entry in sorted(dropped.items()))
+    return [step["step"], f"{sum(tally['documents'] for tally in step['out']):,}", reasons or "–"]
 
 
 def _add_evaluation(page: Page, run: Path) -> None:

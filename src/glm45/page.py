@@ -45,10 +45,12 @@ class Page:
         """Add a small heading inside a section."""
         self._parts.append(f"<h3>{html.escape(title)}</h3>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers_from: int = 1) -> None:
-        """Add a table; columns from `numbers_from` on are set right-aligned."""
+    def table(
+        self, header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers_from: int = 1, numbers_to: int = 99
+    ) -> None:
+        """Add a table; the columns from `numbers_from` up to `numbers_to` are set right-aligned."""
         cell = lambda tag, i, value: (  # noqa: E731
-            f'<{tag} class="{"n" if i >= numbers_from else "t"}">{html.escape(str(value))}</{tag}>'
+            f'<{tag} class="{"n" if numbers_from <= i < numbers_to else "t"}">{html.escape(str(value))}</{tag}>'
         )
         head = "".join(cell("th", i, name) for i, name in enumerate(header))
         body = "".join("<tr>" + "".join(cell("td", i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
@@ -223,7 +225,7 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem .9rem;border-bottom:1px solid var(--ru
 font-size:.88rem}
 a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
 h2{font-size:1.25rem;margin:2.4rem 0 .4rem;padding-top:.4rem}h3{font-size:1rem;margin:1.4rem 0 .3rem}
-p{max-width:78ch}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px}
+p{max-width:78ch}.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px}
 figure{margin:0;background:var(--raised);border:1px solid var(--rule);border-radius:10px;padding:10px}
 svg{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;margin:.5rem 0 1rem;font-variant-numeric:tabular-nums}

@@ -81,6 +81,7 @@ def _add_costs(page: Page, records: Mapping[str, Mapping[str, Any]]) -> None:
             ]
             for name, record in records.items()
         ],
+        numbers_to=4,
     )
     page.plots(bars({name: record["wall_seconds"] for name, record in records.items()}, "Time by step", "seconds"))
 
@@ -102,7 +103,7 @@ def _add_corpus(page: Page, name: str, manifest: Mapping[str, Any]) -> None:
         page.plots(bars({key: value / 1e6 for key, value in tokens.items()}, "Tokens by dataset", "million tokens"))
     steps = manifest.get("steps", [])
     if steps:
-        page.table(["step", "documents left", "dropped for"], [_step_row(step) for step in steps])
+        page.table(["step", "documents left", "dropped for"], [_step_row(step) for step in steps], numbers_to=2)
 
 
 def _step_row(step: Mapping[str, Any]) -> list[str]:

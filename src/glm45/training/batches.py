@@ -1,5 +1,6 @@
 """The rows of every step, read ahead in a thread; which rows they are follows from the step's number alone."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ def open_data(config: TrainConfig) -> DataFolder:
     """Open the recipe's data folder. Raises FileNotFoundError or ValueError, naming the file."""
     if not Path(config.data).exists():
         raise FileNotFoundError(f"no data at {config.data}: build it with glm45 data build, or set data=FOLDER")
-    return DataFolder.open(config.data)
+    # One process a machine reads every byte; if it finds damage, the others stop with it.
+    return DataFolder.open(config.data, check=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def _check_divisible(plan: Plan, num_ranks: int) -> None:

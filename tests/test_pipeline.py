@@ -60,6 +60,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_running_a_step_again_makes_exactly_its_dependants_stale(tmp_path):
     graph(tmp_path).run()
     pipeline = graph(tmp_path)
@@ -69,6 +70,7 @@ def test_running_a_step_again_makes_exactly_its_dependants_stale(tmp_path):
     assert runs(tmp_path) == {"a": 1, "b": 2, "c": 1, "d": 2}
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_makes_the_step_and_its_dependants_stale(tmp_path):
     graph(tmp_path).run()
     assert graph(tmp_path, value=2).pending() == ["a", "b", "d"]
@@ -76,6 +78,7 @@ def test_a_changed_configuration_makes_the_step_and_its_dependants_stale(tmp_pat
     assert runs(tmp_path) == {"a": 2, "b": 2, "c": 1, "d": 2}
 
 
+@pytest.mark.slow
 def test_steps_can_be_chosen_and_skipped(tmp_path):
     graph(tmp_path).run(skip=["b"])
     assert graph(tmp_path).pending() == ["b", "d"]
@@ -100,6 +103,7 @@ def test_records_hold_lineage_and_cost(tmp_path):
     assert all(record["peak_memory_bytes"] > 1e6 and record["cpu_seconds"] > 0 for record in lineage.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_inside_the_step(tmp_path, how):
     program = (

@@ -183,9 +183,8 @@ def _plan_windows(streams: Sequence[Stream], share_D: Sequence[float], sequence_
 
 def _cut_at_rows(pieces: Pieces, row_length: int) -> tuple[Pieces, np.ndarray]:
     """Cut pieces that lie end to end at every multiple of `row_length`; return them and each one's row."""
-    some = pieces.lengths_N > 0
-    starts, ends = pieces.starts_N[some], np.cumsum(pieces.lengths_N[some])
-    begins = ends - pieces.lengths_N[some]
+    ends = np.cumsum(pieces.lengths_N)
+    begins = ends - pieces.lengths_N
     cuts = np.union1d(begins, np.arange(0, ends[-1], row_length))
     whole = np.searchsorted(begins, cuts, "right") - 1
-    return Pieces(starts[whole] + cuts - begins[whole], np.diff(np.append(cuts, ends[-1]))), cuts // row_length
+    return Pieces(pieces.starts_N[whole] + cuts - begins[whole], np.diff(np.append(cuts, ends[-1]))), cuts // row_length

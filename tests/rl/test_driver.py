@@ -17,38 +17,47 @@ from glm45.rl.curriculum import CurriculumStage, LengthSchedule
 from glm45.rl.state import open_run, read_task_files
 from glm45.rl.temperature import TemperatureConfig
 
-# Runs the driver; KILL_AT="part:n" ends the process by SIGKILL the n-th time that part of a step is reached.
+# Runs the driver once for each "FOLDER PART NUMBER" argument, in a child that ends by SIGKILL the so-many-th time that
+# part of a step is reached. One process imports everything and forks: imports take longer than the runs.
 WORKER = textwrap.dedent(
     """
-    import json, os, signal, sys
+    import json, os, signal, sys, traceback
     import torch
     from glm45.config import from_dict
     from glm45.rl import driver, rollout, update
     from glm45.rl.config import RLConfig
 
     torch.set_num_threads(1)
-    part, _, number = os.environ.get("KILL_AT", ":0").partition(":")
-    reached = {"count": 0}
-
-    def mined(owner, name):
-        original = getattr(owner, name)
-        def function(*arguments, **named):
-            reached["count"] += 1
-            if reached["count"] == int(number):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **named)
-        setattr(owner, name, function)
-
-    places = {
+    PLACES = {
         "rollout": (rollout.Rollout, "_sample"),
         "scoring": (rollout.Rollout, "_judge"),
         "training": (update.PolicyTrainer, "_forward"),
         "hand-over": (driver.InProcessClient, "update_weights"),
         "checkpoint": (driver.Checkpoints, "_write"),
     }
-    if part:
-        mined(*places[part])
-    driver.run_rl(from_dict(RLConfig, json.load(open(sys.argv[1]))), sys.argv[2])
+
+    def mine(owner, name, number):
+        original, reached = getattr(owner, name), [0]
+        def function(*arguments, **named):
+            reached[0] += 1
+            if reached[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **named)
+        setattr(owner, name, function)
+
+    for job in sys.argv[2:]:
+        folder, part, number = job.split()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                if part != "never":
+                    mine(*PLACES[part], int(number))
+                driver.run_rl(from_dict(RLConfig, json.load(open(sys.argv[1]))), folder)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     """
 )
 
@@ -92,24 +101,19 @@ def config(tmp_path, make_model, tokenizer):
     )
 
 
-def run(config, folder, kill_at=""):
-    path = folder.with_suffix(".json")
-    path.write_text(json.dumps(to_dict(config)))
-    environment = os.environ | {"KILL_AT": kill_at or ":0", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", WORKER, str(path), str(folder)], env=environment, capture_output=True, text=True
-    )
-
-
 @pytest.mark.slow
 def test_killed_in_every_part_of_a_step_the_run_ends_the_same(config, tmp_path):
-    whole = run(config, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    for kill_at in ("rollout:60", "scoring:150", "training:13", "hand-over:3", "checkpoint:1"):
-        killed = run(config, tmp_path / "killed", kill_at)
-        assert killed.returncode == -9, (kill_at, killed.stdout, killed.stderr)
-    last = run(config, tmp_path / "killed")
-    assert last.returncode == 0, last.stderr
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    parts = ("rollout 60", "scoring 150", "training 13", "hand-over 3", "checkpoint 1", "never 0")
+    jobs = [f"{tmp_path / 'whole'} never 0", *(f"{tmp_path / 'killed'} {part}" for part in parts)]
+    result = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path / "config.json"), *jobs],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    ends = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("ended")]
+    assert ends == ["0", "-9", "-9", "-9", "-9", "-9", "0"], result.stdout + result.stderr
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     for one, other in zip(*lines, strict=True):
         assert one == other

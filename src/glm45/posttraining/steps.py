@@ -49,7 +49,6 @@ from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
 from glm45.training.metrics import read_record
 
-HELD_OUT_FIGURES = ("held_out_greedy", "held_out_full_cap", "held_out", "held_out_length")
 FAMILIES: dict[str, Callable[[int, int], Iterator[Task]]] = {
     "arithmetic": arithmetic_tasks,
     "arithmetic-direct": lambda seed, count: direct(arithmetic_tasks(seed, count)),
@@ -215,8 +214,8 @@ def arms(context: Context) -> None:
         record = read_record(folder)
         looked = [row for row in record if "held_out_greedy" in row]
         rows[name] = {
-            **{f"{key}_first": looked[0][key] for key in HELD_OUT_FIGURES},
-            **{f"{key}_last": looked[-1][key] for key in HELD_OUT_FIGURES},
+            **{f"{key}, before": value for key, value in looked[0].items() if key.startswith("held_out")},
+            **{f"{key}, after": value for key, value in looked[-1].items() if key.startswith("held_out")},
             "updates": len(record) - 1,
             "samples": sum(row.get("num_samples", 0) for row in record),
             "generated_tokens": sum(row.get("generated_tokens", 0) for row in record),

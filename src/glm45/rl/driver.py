@@ -1,11 +1,12 @@
 """The RL driver: generate, judge, learn, hand over the weights, again.
 
 A run is a folder: `config.json`, `metrics.jsonl` (the log of record: nothing in it depends on the clock),
-`timings.jsonl`, `checkpoints/`, `policy/` (the trained policy in the hub layout). Killed at any moment, the same
-command goes on from the newest checkpoint and writes the same metrics.
+`timings.jsonl`, `samples/` (held-out answers to read), `checkpoints/`, `policy/` (the trained one, hub layout).
+Killed at any moment, the same command goes on from the newest checkpoint and writes the same metrics.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def run_rl(config: RLConfig, folder: str | Path, say: Say = print) -> Path:
         ):
             client = InProcessClient(engine)
             rollout = Rollout(client, state.tokenizer, rewards, config.rollout)
-            asyncio.run(_run(state, client, rollout, checkpoints, metrics, timings, say))
+            asyncio.run(_run(state, client, rollout, checkpoints, metrics, timings, folder, say))
         checkpoints.wait()
         hub.save(state.trainer.model, folder / "policy")
         state.tokenizer.save(folder / "policy")
@@ -67,6 +68,7 @@ async def _run(
     checkpoints: Checkpoints,
     metrics: JsonLines,
     timings: JsonLines,
+    folder: Path,
     say: Say,
 ) -> None:
     config = state.config
@@ -75,6 +77,7 @@ async def _run(
     if not state.rows:
         state.rows.append({"step": 0, **await held_out.evaluate(config.lengths.full, config.lengths.cap(0))})
         metrics.write(state.rows[0])
+        _write_examples(folder, 0, held_out)
     while state.step < config.steps:
         stage, cap = state.curriculum.stage, config.lengths.cap(state.step)
         started = time.perf_counter()
@@ -92,6 +95,7 @@ async def _run(
 
         if (state.step + 1) % config.evaluation.every == 0 or state.step + 1 == config.steps:
             record |= await held_out.evaluate(config.lengths.full, cap)
+            _write_examples(folder, state.step + 1, held_out)
         state.advance(record)
         await _choose_temperature(state, held_out, record, cap)
         record["alarms"] = alarms(state.rows, config.health)
@@ -108,6 +112,12 @@ async def _choose_temperature(state: RLState, held_out: HeldOut, record: dict[st
         accuracies = {value: await held_out.at_temperature(value, cap) for value in state.temperature.candidates}
         state.temperature.choose(accuracies)
         record["temperature_choice"] = {str(value): accuracy for value, accuracy in accuracies.items()}
+
+
+def _write_examples(folder: Path, step: int, held_out: HeldOut) -> None:
+    (folder / "samples").mkdir(exist_ok=True)
+    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in held_out.examples]
+    (folder / "samples" / f"step-{step:08d}.jsonl").write_text("".join(lines))
 
 
 def _timing(record: dict[str, Any], started: float, generated: float, trained: float) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """Held-out accuracy of a policy while it is trained: greedy and sampled, under the full cap and the current one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from glm45.environments.protocol import Task
 from glm45.rl.metrics import accuracy
 from glm45.rl.pool import Group
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.seeds import derive_seed
+
+NUM_EXAMPLES = 16
 
 
 class HeldOut:
@@ -15,6 +18,8 @@ class HeldOut:
     def __init__(self, rollout: Rollout, tasks: Sequence[Task], num_samples: int, seed: int):
         self._rollout, self._tasks, self._num_samples = rollout, list(tasks), num_samples
         self._seed = derive_seed(seed, "held out")
+        self.examples: list[dict[str, Any]] = []
+        """A few greedy answers of the last evaluation, to read."""
 
     async def evaluate(self, full_cap: int, cap: int) -> dict[str, float]:
         """Return `held_out_greedy` and `held_out_full_cap` (sampled at temperature 1) under the full cap, and
@@ -24,6 +29,10 @@ class HeldOut:
         sampled = await self._groups(self._num_samples, full_cap, 1.0)
         current = sampled if cap == full_cap else await self._groups(self._num_samples, cap, 1.0)
         samples = [sample for group in greedy for sample in group]
+        self.examples = [
+            {"messages": each.messages, "reward": each.reward, "parts": each.reward_parts, "status": each.status}
+            for each in samples[:NUM_EXAMPLES]
+        ]
         record = {
             "held_out_greedy": accuracy(greedy),
             "held_out_full_cap": accuracy(sampled),

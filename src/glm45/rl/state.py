@@ -1,6 +1,7 @@
 """Everything that an RL run carries from one step to the next, and how it is saved."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class RLState:
     def __init__(self, config: RLConfig):
         """Begin a run. Raises ValueError or OSError for what a user can mend."""
         self.config = config
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("glm45 rl drives one process: start it without torchrun (docs/rl.md says what is missing)")
         self.train_tasks, self.held_out_tasks = read_task_files(config)
         self.tokenizer = Tokenizer.load(config.policy)
         self.world = World.start(Layout())

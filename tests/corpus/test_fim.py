@@ -15,7 +15,7 @@ def test_a_cut_file_can_be_put_together_again(text, seed, spm):
 
 def test_the_middle_comes_last_in_both_orders():
     psm, spm = (cut("abcdefgh", random.Random(3), order) for order in (False, True))
-    assert [token for _, token in sorted((psm.index(token), token) for token in TOKENS)][0] == "<|code_prefix|>"
+    assert psm.startswith("<|code_prefix|>")
     assert spm.startswith("<|code_suffix|>")
     assert psm.rpartition("<|code_middle|>")[2] == spm.rpartition("<|code_middle|>")[2]
 

@@ -106,7 +106,7 @@ def test_scorers_are_trained_from_a_corpus_and_applied(tmp_path, make_document):
     documents = [make_document(GOOD, path=str(i), package="p") for i in range(3)]
     documents += [make_document("```\ncode\n```\n" + GOOD, kind="web", path="c", has_code=True)]
     list(writer(tmp_path / "documents").run(documents))
-    TrainScorers(tmp_path / "documents", 1, Quality(epochs=3), tmp_path / "fit", seed=0).run()
+    TrainScorers(tmp_path / "documents", 1, Quality(examples_shown=300), tmp_path / "fit", seed=0).run()
     metrics = json.loads((tmp_path / "fit" / "metrics.json").read_text())
     assert set(metrics) == set(SCORERS)
     scored = list(Score(tmp_path / "fit").run(documents))

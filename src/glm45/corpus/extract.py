@@ -10,7 +10,7 @@ import re
 import tokenize
 from pathlib import PurePosixPath
 
-from glm45.corpus.sources import UNREADABLE
+from glm45.corpus.sources import TOO_LARGE, UNREADABLE
 
 CODE_LANGUAGES = {
     ".py": "python",
@@ -51,6 +51,8 @@ WEB_SUFFIXES = {".html", ".htm", ".xhtml"}
 PROSE_NAMES = {"readme", "changes", "changelog", "news", "history", "authors", "contributing", "install", "todo"}
 MANUAL_PAGE = re.compile(r"\.[1-9][a-z]*$")
 NUM_SNIFFED_BYTES = 8192
+COLLECTIONS = (".dict", ".mm")  # files that hold thousands of separate entries
+PIECE_CHARACTERS = 20_000
 
 _CODING = re.compile(rb"^[ \t\f]*#.*?coding[:=]")
 _BLANK_LINES = re.compile(r"\n{4,}")
@@ -86,6 +88,8 @@ def decode(content: bytes, path: str) -> str:
     """
     if content == UNREADABLE:
         raise Skip("unreadable file")
+    if content == TOO_LARGE:
+        raise Skip("file too large")
     if not content.strip():
         raise Skip("empty file")
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
@@ -118,6 +122,20 @@ def extract(path: str, content: bytes, docstrings_only: bool = False) -> tuple[s
             raise Skip("no docstrings in this language")
         return docstrings(text, path), "prose", ""
     return text, kind, language
+
+
+def split_long(text: str, path: str) -> list[str]:
+    """Return a dictionary or a database of proofs in pieces, parted at blank lines; anything else as it is."""
+    if not path.endswith(COLLECTIONS):
+        return [text]
+    pieces, piece, size = [], [], 0
+    for paragraph in re.split(r"\n(?=\s*\n)", text):
+        piece.append(paragraph)
+        size += len(paragraph)
+        if size >= PIECE_CHARACTERS:
+            pieces.append("\n".join(piece).strip("\n"))
+            piece, size = [], 0
+    return [part for part in [*pieces, "\n".join(piece).strip("\n")] if part]
 
 
 def html_text(html: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -156,7 +157,8 @@ def _add_scoring(chain: Chain, recipe: CorpusRecipe, unique: Path) -> tuple[Path
             TrainScorers(documents, tasks, recipe.quality, folder, recipe.seed),
             FitEmbedder(documents, tasks, recipe.semdedup, folder, recipe.seed),
         ],
-        [to_dict(recipe.quality), to_dict(recipe.semdedup)],
+        _without(recipe.quality, "buckets", "quantiles", "top_repeats", "mathematics_threshold")
+        | _without(recipe.semdedup, "documents_per_cluster", "threshold"),
     )
     scored = chain.add(
         "scored",
@@ -169,6 +171,11 @@ def _add_scoring(chain: Chain, recipe: CorpusRecipe, unique: Path) -> tuple[Path
         ],
     )
     return fitted, scored
+
+
+def _without(config: Any, *later: str) -> dict[str, Any]:
+    """Return the settings of a configuration but for those that only a later step reads."""
+    return {f"{type(config).__name__}.{key}": value for key, value in to_dict(config).items() if key not in later}
 
 
 class AssignDataset(PipelineStep):

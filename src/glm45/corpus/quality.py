@@ -58,8 +58,9 @@ class Quality:
     `glm45.corpus.reasoning.ask_scores` returned for documents of your own. Not in the report."""
     dimension: int = 16
     """Size of fastText's word vectors. Not in the report."""
-    epochs: int = 10
-    """fastText's passes over the labelled examples. Not in the report."""
+    examples_shown: int = 16_000
+    """Labelled examples that fastText sees, in as many passes as that takes: few seeds need more passes than many. Not
+    in the report."""
     learning_rate: float = 0.1
     """fastText's learning rate. Not in the report."""
     max_examples: int = 3000
@@ -199,7 +200,7 @@ def train(examples: list[tuple[str, int]], path: Path, config: Quality, seed: in
     model = fasttext.train_supervised(
         str(text),
         dim=config.dimension,
-        epoch=config.epochs,
+        epoch=max(1, round(config.examples_shown / len(balanced))),
         lr=config.learning_rate,
         minCount=2,
         bucket=0,

@@ -13,7 +13,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from glm45.corpus.document import DropLog
-from glm45.corpus.extract import Skip, extract
+from glm45.corpus.extract import Skip, extract, split_long
 from glm45.corpus.repositories import Repositories, release_documents
 from glm45.corpus.sources import Source, Unit, list_units, read_unit, share_out
 
@@ -83,10 +83,13 @@ def read_documents(
             except Skip as skip:
                 log.add(source.name, str(skip), identifier, "")
                 continue
-            metadata = _metadata(source, kind, language, unit) | {"path": file.path}
-            if kind != "code":
-                metadata["has_code"] = has_code(text)
-            yield Document(text=text, id=identifier, metadata=metadata)
+            pieces = split_long(text, file.path)
+            for number, piece in enumerate(pieces):
+                part = f"#{number}" if len(pieces) > 1 else ""
+                metadata = _metadata(source, kind, language, unit) | {"path": file.path + part}
+                if kind != "code":
+                    metadata["has_code"] = has_code(piece)
+                yield Document(text=piece, id=identifier + part, metadata=metadata)
         if source.reader == "sdists" and len(unit.paths) > 1:
             yield from release_documents(source, unit, repositories, log)
 

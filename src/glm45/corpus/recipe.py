@@ -1,5 +1,6 @@
 """What a corpus is made of: the recipe, and the recipes with a name."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import field
@@ -64,12 +65,21 @@ class CorpusRecipe:
             raise ValueError(f"num_tasks = {self.num_tasks}: need at least one")
 
 
+TESTS = ("test/*", "tests/*", "*/test/*", "*/tests/*", "*/testing/*", "*/idle_test/*")
+LARGE_TESTS = ("django/tests/*", "sqlalchemy/test/*", "networkx/*/tests/*", "pytest/testing/*", "scrapy/tests/*")
+CARRIED_ALONG = ("*.min.js", "*/locale/*", "*/vendor/*", "*/_vendor/*")
+DEMO_PACKAGES = (
+    *("attrs", "click", "django", "docutils", "flask", "networkx", "pyramid", "pytest", "scrapy", "sphinx"),
+    *("sqlalchemy", "werkzeug"),
+)
+
+
 def demo() -> CorpusRecipe:
     """The portable default: the standard library, installed packages and pinned source distributions."""
     return CorpusRecipe(
         sources=(
             Source(name="stdlib", reader="stdlib", include=("*.py",), exclude=TESTS, license="PSF-2.0"),
-            Source(name="packages", reader="sdists", packages=DEMO_PACKAGES, exclude=TESTS),
+            Source(name="packages", reader="sdists", packages=DEMO_PACKAGES, exclude=LARGE_TESTS + CARRIED_ALONG),
             Source(
                 name="docstrings",
                 reader="installed",
@@ -79,17 +89,69 @@ def demo() -> CorpusRecipe:
                 docstrings_only=True,
             ),
             Source(name="arithmetic", reader="generated", limit=20_000, license="generated"),
-        )
+        ),
+        repositories=Repositories(context_characters=30_000, max_contexts=8),
     )
 
 
-TESTS = ("*test/*", "*tests/*", "*testing/*", "*.min.js", "*/locale/*", "*idlelib/*", "*/vendor/*", "*/_vendor/*")
-DEMO_PACKAGES = (
-    *("attrs", "click", "django", "docutils", "flask", "networkx", "pyramid", "pytest", "scrapy", "sphinx"),
-    *("sqlalchemy", "werkzeug"),
+DEBIAN_DOCUMENTATION = (
+    *("python3.11-doc", "perl-doc", "sqlite3-doc", "manpages", "manpages-dev", "git-doc", "vim-doc", "linux-doc-6.1"),
+    *("cppreference-doc-en-html", "nodejs-doc", "debian-reference-en", "gnome-user-docs"),
 )
+DEBIAN_NOTES = ("*changelog*", "*/copyright", "*NEWS.Debian*")
+DEBIAN_LANGUAGES = ("libreoffice-help-zh-cn", "debian-handbook", "manpages-zh", "manpages-de", "manpages-fr")
+DEBIAN_DICTIONARIES = ("dict-gcide", "dict-foldoc", "dict-jargon")
 
-RECIPES: dict[str, Callable[[], CorpusRecipe]] = {"demo": demo}
+
+def debian() -> CorpusRecipe:
+    """Debian's documentation in several languages, dictionaries and formal mathematics; needs apt-get."""
+    return CorpusRecipe(
+        sources=(
+            Source(name="docs", reader="debian", packages=DEBIAN_DOCUMENTATION, exclude=DEBIAN_NOTES),
+            Source(name="languages", reader="debian", packages=DEBIAN_LANGUAGES, exclude=DEBIAN_NOTES),
+            Source(
+                name="dictionaries",
+                reader="debian",
+                packages=DEBIAN_DICTIONARIES,
+                exclude=DEBIAN_NOTES,
+                max_file_bytes=60_000_000,
+            ),
+            Source(
+                name="metamath",
+                reader="debian",
+                packages=("metamath-databases",),
+                exclude=DEBIAN_NOTES,
+                license="CC0-1.0",
+                max_file_bytes=60_000_000,
+            ),
+        ),
+        num_tasks=16,
+    )
+
+
+def full() -> CorpusRecipe:
+    """Everything within reach of pip and apt: the demo's sources with all their parts, and Debian's."""
+    portable, system = demo(), debian()
+    return dataclasses.replace(
+        system,
+        sources=(
+            Source(name="stdlib", reader="stdlib", include=("*.py", "*.txt"), license="PSF-2.0"),
+            Source(name="packages", reader="sdists"),
+            Source(
+                name="installed",
+                reader="installed",
+                packages=("matplotlib", "torch", "transformers", "sympy", "datatrove", "pydantic", "networkx"),
+                include=("*.py",),
+            ),
+            portable.sources[2],
+            dataclasses.replace(portable.sources[3], limit=200_000),
+            *system.sources,
+        ),
+        vocab_size=32_768,
+    )
+
+
+RECIPES: dict[str, Callable[[], CorpusRecipe]] = {"demo": demo, "debian": debian, "full": full}
 
 
 def load(name: str) -> CorpusRecipe:

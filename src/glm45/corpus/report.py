@@ -12,6 +12,8 @@ from typing import Any
 
 import fsspec
 
+from glm45.corpus.document import FOUND_KINDS
+
 NUM_SAMPLES = 3  # texts shown of each dataset
 SAMPLE_CHARACTERS = 900
 BUCKET_ORDER = {"high": 0, "medium": 1, "low": 2, "heldout": 3}
@@ -93,8 +95,8 @@ def _table(head: list[str], rows: list[list[Any]], numeric: set[int]) -> str:
 
 
 def _bar(share: float, label: str = "", kind: str = "") -> str:
-    width = 100 * min(max(share, 0), 1)
-    return f"<div class=track><div class='bar {kind}' style='width:{width:.2f}%'></div><span>{label}</span></div>"
+    width = f"calc((100% - 76px) * {min(max(share, 0), 1):.4f})"
+    return f"<div class=track><div class='bar {kind}' style='width:{width}'></div><span>{label}</span></div>"
 
 
 def _count(value: float) -> str:
@@ -147,12 +149,12 @@ def _sources(manifest: dict[str, Any]) -> str:
         read = [row for row in first if (row["source"], row["kind"]) == (source, kind)]
         kept = [row for row in last if (row["source"], row["kind"]) == (source, kind)]
         share = _characters(kept) / _characters(read) if read else 0
-        bar = _bar(share, f"{100 * share:.0f} %") if read else "made in the last step"
+        bar = _bar(share, f"{100 * share:.0f} %") if kind in FOUND_KINDS else "made, not found"
         rows.append([source, units[source], kind, _count(_characters(read)), _count(_characters(kept)), bar])
     table = _table(["source", "units", "kind", "characters read", "kept", "share kept"], rows, {1, 3, 4})
     languages: Counter[str] = Counter()
     for row in last:
-        if row["kind"] in ("prose", "web", "code"):
+        if row["kind"] in FOUND_KINDS:
             languages[row["language"]] += row["characters"]
     top = languages.most_common(12)
     bars = [[language, _bar(size / top[0][1], _count(size))] for language, size in top]
@@ -242,7 +244,7 @@ def _drops(manifest: dict[str, Any]) -> str:
         most_first = sorted(step["dropped"].items(), key=lambda item: -item[1]["documents"])
         for reason, entry in most_first:
             examples = "".join(
-                f"<dt>{html.escape(example['id'])}</dt><dd>{html.escape(example['text'][:300]) or '<i>no text</i>'}</dd>"
+                f"<dt>{html.escape(example['id'])}</dt><dd>{html.escape(example['text'][:300]) or '–'}</dd>"
                 for example in entry["examples"]
             )
             details = f"<details><summary>{len(entry['examples'])} examples</summary><dl>{examples}</dl></details>"

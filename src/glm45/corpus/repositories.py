@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,6 +30,8 @@ class Repositories:
 
     context_characters: int = 100_000
     """Most characters of a context: about 32,768 tokens of code. Not in the report."""
+    max_contexts: int = 0
+    """Most contexts of one package's files; 0 is no limit. Not in the report."""
     min_files: int = 2
     """Packages with fewer files give no context. Not in the report."""
     max_diff_characters: int = 20_000
@@ -62,7 +65,8 @@ class RepositoryContexts(PipelineStep):
     def _contexts(self, sources: dict[str, str], first: dict[str, Any]) -> Iterator[Document]:
         if len(sources) < self.config.min_files:
             return
-        for number, text in enumerate(pack_files(dependency_order(sources), sources, self.config.context_characters)):
+        contexts = pack_files(dependency_order(sources), sources, self.config.context_characters)
+        for number, text in enumerate(islice(contexts, self.config.max_contexts or None)):
             path = f"#repository/{number}"
             metadata = {key: first[key] for key in ("source", "license", "package", "version", "language")}
             metadata |= {"kind": "repository", "path": path, "bucket": "medium"}

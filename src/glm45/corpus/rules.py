@@ -39,6 +39,9 @@ class Rules:
     report."""
     max_duplicate_line_characters: float = 0.3
     """Share of characters in repeated lines; Gopher's 0.2, relaxed likewise. Not in the report."""
+    duplicate_ngram_scale: float = 2.0
+    """Factor on Gopher's limits for repeated word n-grams (15 % of characters in repeated 5-grams down to 10 % in
+    10-grams): reference pages repeat their parameters. Not in the report."""
     min_terminal_punctuation: float = 0.05
     """Share of lines that end in punctuation; FineWeb's 0.12, relaxed for hard-wrapped text. Not in the report."""
     max_short_lines: float = 0.75
@@ -66,6 +69,7 @@ GENERATED = re.compile(
     r"do not edit|(?:auto(?:matically)?[- ]?|machine[- ])generated|generated (?:by|from)|@generated", re.IGNORECASE
 )
 NUM_HEADER_CHARACTERS = 500
+GOPHER_DUPLICATE_NGRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
 
 
 class RuleFilter(BaseFilter):
@@ -99,6 +103,7 @@ class RuleFilter(BaseFilter):
             ),
             GopherRepetitionFilter(
                 dup_line_frac=r.max_duplicate_lines,
+                dup_n_grams=tuple((n, limit * r.duplicate_ngram_scale) for n, limit in GOPHER_DUPLICATE_NGRAMS),
                 dup_line_char_frac=r.max_duplicate_line_characters,
                 language=WORDS,
             ),

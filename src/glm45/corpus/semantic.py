@@ -42,7 +42,7 @@ class SemDedup:
     """Documents on which TF-IDF, its reduction and k-means are fitted. Not in the report."""
     documents_per_cluster: int = 200
     """Documents a cluster holds on average. Not in the report."""
-    threshold: float = 0.95
+    threshold: float = 0.97
     """Cosine similarity from which the worse of two documents is removed. Not in the report."""
 
 

@@ -22,6 +22,8 @@ from glm45.corpus.downloads import sdist_archives
 Reader = Literal["stdlib", "installed", "sdists", "debian", "folder", "jsonl", "parquet", "huggingface", "generated"]
 
 
+PACKED = (".gz", ".dz")
+TOO_LARGE = b"\0too large"  # stands for the content of a file beyond `max_file_bytes`
 UNREADABLE = b"\0unreadable"  # stands for the content of a file that could not be read; counted by who decodes it
 
 
@@ -41,7 +43,7 @@ class Source:
     include: tuple[str, ...] = ("*",)
     """Patterns of paths that are read."""
     exclude: tuple[str, ...] = ()
-    """Patterns of paths that are not read."""
+    """Patterns of paths, with or without the package before them, that are not read."""
     license: str = "unknown"
     """Licence noted for documents whose package does not say its own."""
     text_key: str = "text"
@@ -109,18 +111,20 @@ def read_releases(source: Source, unit: Unit) -> Iterator[tuple[str, dict[str, b
 
 def _read_files(source: Source, unit: Unit, path: str) -> Iterator[tuple[str, bytes]]:
     def wanted(name: str) -> bool:
-        return any(fnmatch.fnmatch(name, p) for p in source.include) and not any(
-            fnmatch.fnmatch(name, p) for p in source.exclude
-        )
+        whole = f"{unit.package}/{name}"
+        included = any(fnmatch.fnmatch(name, pattern) for pattern in source.include)
+        return included and not any(fnmatch.fnmatch(whole, p) or fnmatch.fnmatch(name, p) for p in source.exclude)
 
     if path.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-        yield from _read_archive(Path(path), wanted)
+        files = _read_archive(Path(path), wanted)
     elif source.reader == "installed":
-        yield from _read_listed(Path(path), _installed_files(unit.package), wanted)
+        files = _read_listed(Path(path), _installed_files(unit.package), wanted)
     elif Path(path).is_file():
-        yield Path(path).name, Path(path).read_bytes()
+        files = _read_listed(Path(path).parent, [Path(path).name], wanted)
     else:
-        yield from _read_listed(Path(path), _walk(Path(path), top_only=unit.package == "(files)"), wanted)
+        files = _read_listed(Path(path), _walk(Path(path), top_only=unit.package == "(files)"), wanted)
+    for name, content in files:
+        yield name, content if len(content) <= source.max_file_bytes else TOO_LARGE
 
 
 def _read_archive(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
@@ -138,10 +142,10 @@ def _read_listed(root: Path, names: list[str], wanted: Callable[[str], bool]) ->
         if wanted(name):
             try:
                 content = (root / name).read_bytes()
-                unpacked = gzip.decompress(content) if name.endswith(".gz") else content
+                unpacked = gzip.decompress(content) if name.endswith(PACKED) else content
             except (OSError, EOFError, zlib.error):  # a broken link, no permission, a damaged archive
                 unpacked = UNREADABLE
-            yield name.removesuffix(".gz"), unpacked
+            yield name.removesuffix(".gz").removesuffix(".dz"), unpacked
 
 
 def _walk(root: Path, top_only: bool = False) -> list[str]:

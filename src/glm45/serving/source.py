@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,13 +26,19 @@ class Source(NamedTuple):
 def load_source(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Source:
     """Load what `path` names. Raises FileNotFoundError or ValueError, saying what is missing.
 
-    `dtype` is that of parameters and products; None takes the checkpoint's, and float32 for a run.
+    A checkpoint folder; a run folder of `glm45 run` or of reinforcement learning, for the checkpoint that it wrote; or
+    a training run, for its newest intact state. `dtype` is that of parameters and products; None takes the
+    checkpoint's, and float32 for a training run.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: name a checkpoint in the hub layout or a run folder")
-    if not is_run(folder):
-        return _load_hub(folder, dtype, device, folder.resolve().name)
+    name = folder.resolve().name
+    for written in (folder, folder / "model", folder / "policy"):
+        if "model_type" in _config(written):
+            return _load_hub(written, dtype, device, name)
+    if "stages" not in _config(folder):
+        raise ValueError(f"{folder} holds no model: neither a checkpoint (config.json with model_type) nor a run's")
     from glm45.training.command import export
 
     with tempfile.TemporaryDirectory(prefix="glm45-serve-") as scratch:
@@ -40,22 +46,30 @@ def load_source(path: str | Path, dtype: torch.dtype | None = None, device: str 
         export(folder, out, "float32", None)
         if not (out / "tokenizer.json").is_file():
             raise ValueError(f"the data folder of {folder} is gone, and its tokenizer with it: export the run first")
-        return _load_hub(out, dtype, device, folder.resolve().name)
+        return _load_hub(out, dtype, device, name)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run's and not a checkpoint."""
-    config = folder / "config.json"
-    return config.is_file() and "stages" in json.loads(config.read_text())
+def _config(folder: Path) -> dict[str, Any]:
+    """Return a folder's `config.json`, or nothing. Raises ValueError where it is not a JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return values
 
 
 def _load_hub(folder: Path, dtype: torch.dtype | None, device: str, name: str) -> Source:
     tokenizer = Tokenizer.load(folder)
     model = hub.load(folder, dtype=dtype, compute_dtype=dtype, device=device)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if not tokenizer.vocab_size <= model.config.vocab_size <= tokenizer.padded_vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size} rows: "
-            "they are not of one model"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, {tokenizer.padded_vocab_size} with padding, "
+            f"and the model {model.config.vocab_size} rows: they are not of one model"
         )
     return Source(model, tokenizer, _read_defaults(folder), name)
 

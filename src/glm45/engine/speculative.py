@@ -16,7 +16,15 @@ import torch
 from glm45.engine.backend import Backend
 from glm45.engine.batch import Batch
 from glm45.engine.request import Sequence
-from glm45.engine.sampling import ACCEPT_STREAM, DRAFT_STREAM, TOKEN_STREAM, distribution, draw, uniforms
+from glm45.engine.sampling import (
+    ACCEPT_STREAM,
+    DRAFT_STREAM,
+    TOKEN_STREAM,
+    distribution,
+    draw,
+    shape_logits,
+    uniforms,
+)
 
 
 @dataclass(slots=True)
@@ -93,7 +101,9 @@ class Drafter:
     def _propose(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
         probs = []
         for step in range(self.num_drafts):
-            probs_SV = distribution(self._backend.logits(hidden).clone(), sequences)
+            logits_SV = self._backend.logits(hidden).clone()
+            shape_logits(logits_SV, sequences, [step] * len(sequences))
+            probs_SV = distribution(logits_SV, sequences)
             seeds_S, counters_S = counters(sequences, [step] * len(sequences))
             tokens_S = draw(probs_SV, uniforms(seeds_S, counters_S, DRAFT_STREAM)).tolist()
             probs.append(probs_SV)

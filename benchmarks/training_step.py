@@ -1,8 +1,9 @@
 """A whole training step (forward, backward, clip, optimiser) against transformers + torch.optim, and what it costs.
 
 Same shapes, weights and tokens as `model_step.py`, same process, alternating round by round; figures are medians of
-ratios within a round. The peer's optimiser is fused AdamW, its cheapest: `torch.optim.Muon` refuses its expert stacks.
-Ours is Muon with AdamW. Run with `make bench`, or
+ratios within a round. Ours is Muon with AdamW. The peer is measured with the same algorithm, `torch.optim.Muon` (which
+refuses expert stacks, so it gets every matrix as a view) with AdamW, and with fused AdamW alone, which is cheaper.
+Run with `make bench`, or
 
     python benchmarks/training_step.py [--shapes small,medium,large] [--parts step,scaling,stall] [--rounds 5]
 """
@@ -18,7 +19,9 @@ from typing import Any
 from model_step import ALLOCATOR, LENGTH, SHAPES, TOKENS, Contest, configuration, gemm_rate, median_ratio, spawn, timed
 
 CLIP = 1.0
-CONTENDERS = ("peer fp32", "peer autocast", "ours fp32", "ours bf16")
+CONTENDERS = ("peer muon fp32", "peer adamw fp32", "peer adamw autocast", "ours fp32", "ours bf16")
+PRECISIONS = {"peer muon fp32": "peer fp32", "peer adamw fp32": "peer fp32", "peer adamw autocast": "peer autocast"}
+"""Names of the peer's precisions in `model_step.py`."""
 
 
 class Race(Contest):
@@ -33,23 +36,53 @@ class Race(Contest):
 
         super().__init__(shape)
         self.ours.train()
-        self.peer_optimizer = torch.optim.AdamW(self.peer.parameters(), lr=1e-5, fused=True)
+        self.peer_adamw = torch.optim.AdamW(self.peer.parameters(), lr=1e-5, fused=True)
+        self.views = matrix_views(self.peer)
+        rest = [p for p in self.peer.parameters() if id(p) not in {id(owner) for owner, _, _ in self.views}]
+        self.peer_rest = torch.optim.AdamW(rest, lr=1e-5, fused=True)
+        self.peer_muon = torch.optim.Muon([view for _, _, view in self.views], lr=1e-5, adjust_lr_fn="match_rms_adamw")
         self.optimizers = build_optimizers(self.ours, OptimizerConfig())
         self.world = World(Layout(replicate=1), torch.device("cpu"))
         self.optimizer_seconds = 0.0
 
-    def peer_step(self, autocast: bool) -> None:
+    def step(self, contender: str) -> None:
         import torch
 
-        super().peer_step(autocast)
+        if contender.startswith("ours"):
+            self.our_step(contender.split()[1])
+            return
+        self.peer_step(contender.endswith("autocast"))  # of `model_step`: zero, forward, backward
         torch.nn.utils.clip_grad_norm_(self.peer.parameters(), CLIP)
-        self.peer_optimizer.step()
+        if "muon" not in contender:
+            self.peer_adamw.step()
+            return
+        for owner, index, view in self.views:
+            view.grad = owner.grad[index]
+        self.peer_muon.step()
+        self.peer_rest.step()
 
     def our_step(self, precision: str) -> None:
         import torch
 
         self.ours.set_compute_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         self.optimizer_seconds = whole_step(self.ours, self.optimizers, self.world, self.tokens_BT)
+
+
+def matrix_views(peer: Any) -> list[tuple[Any, Any, Any]]:
+    """Return (parameter, index, view) of every matrix that Muon trains, experts and gate and up one by one."""
+    import torch
+
+    found = []
+    for name, parameter in peer.named_parameters():
+        if parameter.ndim < 2 or "embed_tokens" in name:
+            continue
+        indices: list[Any] = [...]
+        if parameter.ndim == 3:
+            half = parameter.shape[1] // 2
+            halves = [slice(0, half), slice(half, None)] if "gate_up" in name else [slice(None)]
+            indices = [(expert, part) for expert in range(len(parameter)) for part in halves]
+        found += [(parameter, index, torch.nn.Parameter(parameter.data[index])) for index in indices]
+    return found
 
 
 def whole_step(model: Any, optimizers: Any, world: Any, tokens_BT: Any) -> float:
@@ -89,8 +122,8 @@ def race(shape: str, rounds: int, results: Any) -> None:
     peaks: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(rounds + 1):
         for name in CONTENDERS:
-            if name in experts:
-                contest.peer.set_experts_implementation(experts[name])
+            if name in PRECISIONS:
+                contest.peer.set_experts_implementation(experts[PRECISIONS[name]])
             times[name].append(timed(lambda name=name: contest.step(name)))
             if name == "ours fp32":
                 optimizer_shares.append(contest.optimizer_seconds / times[name][-1])
@@ -106,13 +139,13 @@ def print_race(shape: str, report: dict[str, Any]) -> None:
     times, peaks = report["times"], {dtype: max(rates) for dtype, rates in report["peaks"].items()}
     print(f"\n{shape}: whole step of {TOKENS} tokens, peak {peaks['fp32'] / 1e9:.0f} fp32, "
           f"{peaks['bf16'] / 1e9:.0f} GF/s bf16; optimisers {statistics.median(report['shares']):.1%}")  # fmt: skip
-    print(f"  {'':14} {'ms':>7} {'tokens/s':>9} {'of peak':>8} {'× peer fp32':>12} {'× autocast':>11}")
+    print(f"  {'':20} {'ms':>7} {'tokens/s':>9} {'of peak':>8} {'× peer muon':>12} {'× peer adamw':>13}")
     for name in CONTENDERS:
         median = statistics.median(times[name])
         peak = peaks["fp32" if name.endswith("fp32") else "bf16"]
-        print(f"  {name:14} {1e3 * median:7.0f} {TOKENS / median:9,.0f} {flops / median / peak:8.2f} "
-              f"{median_ratio(times['peer fp32'], times[name]):12.2f} "
-              f"{median_ratio(times['peer autocast'], times[name]):11.2f}")  # fmt: skip
+        print(f"  {name:20} {1e3 * median:7.0f} {TOKENS / median:9,.0f} {flops / median / peak:8.2f} "
+              f"{median_ratio(times['peer muon fp32'], times[name]):12.2f} "
+              f"{median_ratio(times['peer adamw fp32'], times[name]):13.2f}")  # fmt: skip
 
 
 def scale(rank: int, processes: int, port: int, threads: int, rounds: int, results: Any) -> None:

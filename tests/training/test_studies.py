@@ -29,7 +29,7 @@ from glm45.training.schedule import LearningRate
 from glm45.training.stages import Stage
 
 SEEDS = (0, 1, 2)
-STEPS, BATCH, LENGTH = 400, 2048, 128
+STEPS, BATCH, LENGTH = 150, 1024, 128
 SMALL = dataclasses.replace(
     preset("demo"), hidden_size=64, intermediate_size=192, moe_intermediate_size=48, num_hidden_layers=3,
     num_attention_heads=4, rope_theta=10_000.0,
@@ -46,7 +46,7 @@ def recipe(data, model=SMALL, peak=1e-2, shape="cosine", optimizer=None, seed=0,
         name="study", model=model, stages=(stage,), data=str(data), seed=seed,
         learning_rate=LearningRate(peak=peak, final=0.1 * peak, shape=shape, warmup_fraction=0.05),
         optimizer=optimizer or OptimizerConfig(adamw_ratio=0.5), micro_batch_tokens=BATCH,
-        checkpoints=Retention(every=10_000), evaluation=EvaluationConfig(every=25, rows=16), log_every=200,
+        checkpoints=Retention(every=10_000), evaluation=EvaluationConfig(every=15, rows=6), log_every=200,
     )  # fmt: skip
 
 

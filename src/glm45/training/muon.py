@@ -163,11 +163,12 @@ def _newton_schulz_factor(gram_SMM: torch.Tensor, steps: int) -> torch.Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     factor_SMM = None
-    for _ in range(steps):
+    for turn in range(steps):
         step_SMM = torch.baddbmm(gram_SMM, gram_SMM, gram_SMM, beta=b, alpha=c)
         step_SMM.diagonal(dim1=-2, dim2=-1).add_(a)
         factor_SMM = step_SMM if factor_SMM is None else step_SMM @ factor_SMM
-        gram_SMM = step_SMM @ gram_SMM @ step_SMM
+        if turn < steps - 1:
+            gram_SMM = step_SMM @ gram_SMM @ step_SMM
     assert factor_SMM is not None, "at least one step"
     return factor_SMM
 

@@ -128,7 +128,8 @@ class Scheduler:
         plan = Plan()
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
-        decoding, prefilling = [], []
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for sequence in self.running:
             (prefilling if sequence.num_pending_tokens > 1 else decoding).append(sequence)
         for sequence in decoding + prefilling:

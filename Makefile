@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not proof"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not proof"
 	$(BIN)/python -m pytest -m "slow and not proof"
 
 lint: $(STAMP)

@@ -5,6 +5,7 @@ sampling, becomes part of the overall SFT set of the unified hybrid model, which
 directly with `/nothink`; a last RL pass runs on the mix, with penalties for faults of form.
 """
 
+import dataclasses
 from dataclasses import field
 from pathlib import Path
 
@@ -87,6 +88,9 @@ class ExpertIteration:
     """What of an expert's answers is learnt from."""
     balance: ModeBalance = ModeBalance()
     """Thinking against direct conversations of the overall set."""
+    replay_count: int = 0
+    """Sound worked conversations of each domain that join the overall SFT set. The report's set is the experts' own
+    answers alone, millions of them; small runs need a floor. Not in the report."""
     overall_sft: SFTConfig = SFTConfig()
     """Fine-tuning of the unified model."""
     final_rl_steps: int = 20
@@ -118,7 +122,18 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
     for expert in config.experts:
         steps += _expert_steps(config, expert)
         trajectories.append(f"{expert.name}-trajectories")
-    overall = {"sft": to_dict(config.overall_sft), "balance": to_dict(config.balance), **shared}
+    sound = dataclasses.replace(config.cold_start.arithmetic, careful_share=1.0)
+    replay = {
+        "domains": domains,
+        "count": config.replay_count,
+        "cold_start": to_dict(ColdStartConfig(arithmetic=sound, sound_share=1.0)),
+    }
+    overall = {
+        "sft": to_dict(config.overall_sft),
+        "balance": to_dict(config.balance),
+        "replay": replay,
+        **shared,
+    }
     steps.append(_step("overall-sft", overall, ("base", *trajectories), seconds=300))
     last = "overall-sft"
     if config.final_rl_steps:

@@ -184,6 +184,10 @@ def overall_sft(context: Context) -> None:
     for name, folder in context.inputs.items():
         if name != "base":
             conversations += read_conversations(folder / "conversations.jsonl")
+    replay = config["replay"]
+    if replay["count"]:
+        sound, seed = from_dict(ColdStartConfig, replay["cold_start"]), derive_seed(config["seed"], "replay")
+        conversations += _mixed(replay["domains"], seed, replay["count"], sound)
     balanced = balance_modes(conversations, from_dict(ModeBalance, config["balance"]), config["seed"])
     write_conversations(context.folder / "conversations.jsonl", balanced)
     counts = Counter(conversation.metadata["domain"] for conversation in balanced)

@@ -41,6 +41,8 @@ class Scale:
     """Updates of the last RL pass."""
     prompts: int = 600
     """Training prompts on which each expert is sampled for the unified model."""
+    replay: int = 1000
+    """Sound conversations of each domain that join the unified model's set."""
     num_tasks: int = 150
     """Held-out tasks of each suite."""
     sequence_length: int = 512
@@ -61,6 +63,7 @@ FAST = Scale(
     rl_steps=2,
     final_steps=1,
     prompts=40,
+    replay=50,
     num_tasks=10,
     sequence_length=2048,
 )
@@ -114,6 +117,7 @@ def _posttraining(scale: Scale) -> list[Step]:
             evaluation=RLEvaluationConfig(every=10, num_tasks=64, num_samples=2),
         ),
         trajectories=TrajectoryConfig(num_prompts=scale.prompts),
+        replay_count=scale.replay,
         final_rl_steps=scale.final_steps,
     )
     return [step for step in expert_iteration_steps(config) if step.name not in ("base", "comparison")]

@@ -68,7 +68,7 @@ def test_growth_without_enough_blocks_changes_nothing():
 operations = st.lists(st.tuples(st.sampled_from(["new", "append", "fork", "drop", "version"]), st.integers(0, 99)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(operations)
 def test_any_history_keeps_the_invariants_and_every_sequence_reads_what_it_wrote(history):
     """A shadow memory stands for the cache: what a sequence finds in its blocks must always be its own tokens."""

@@ -68,6 +68,7 @@ def answers(engine, constraint, count=12, **params):
     return completions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reasoning", [False, True])
 def test_json_follows_its_schema(engine, reasoning):
     completions = answers(engine, Constraint(json_schema=SCHEMA, reasoning=reasoning))
@@ -79,6 +80,7 @@ def test_json_follows_its_schema(engine, reasoning):
     assert any("<think>" in completion.text for completion in finished) == reasoning
 
 
+@pytest.mark.slow
 def test_tool_calls_are_read_back_with_arguments_of_their_schema(engine):
     completions = answers(engine, Constraint(tools=TOOLS))
     finished = [completion for completion in completions if completion.finish_reason == "stop"]
@@ -97,7 +99,7 @@ def test_tool_calls_are_read_back_with_arguments_of_their_schema(engine):
 
 
 def test_logprobs_under_a_grammar_are_the_models_own(engine, forward_logprobs):
-    for completion in answers(engine, Constraint(json_object=True, reasoning=False), count=2):
+    for completion in answers(engine, Constraint(json_object=True, reasoning=False), count=1):
         expected = forward_logprobs(engine.model, engine.tokenizer.encode("x"), completion.token_ids)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
 

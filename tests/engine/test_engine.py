@@ -36,8 +36,10 @@ def tokens_of(results):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("config", [{}, TIGHT, {"prefix_cache": False, "max_num_batched_tokens": 256}])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize(
+    ("config", "temperature"),
+    [({}, 1.0), (TIGHT, 0.7), ({"prefix_cache": False, "max_num_batched_tokens": 256}, 0.0)],
+)
 def test_logprobs_are_those_of_the_training_forward(
     build, model, prompts, forward_logprobs, backend, config, temperature
 ):

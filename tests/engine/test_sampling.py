@@ -16,6 +16,7 @@ def sequence_with(prompt=(1, 2, 3), output=(), **params):
     return sequence
 
 
+@pytest.mark.slow  # transformers is slow to import
 @pytest.mark.parametrize(
     "params",
     [

@@ -37,7 +37,7 @@ request_shapes = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(request_shapes, st.integers(11, 24), st.integers(1, 5), st.integers(5, 16), st.sampled_from([1, 2, 4]))
 def test_every_request_ends_within_budget_and_leaves_no_block(shapes, num_blocks, max_seqs, budget, block_size):
     blocks = BlockManager(num_blocks * 4 // block_size, block_size)

@@ -24,7 +24,7 @@ def test_verified_tokens_follow_the_target_whatever_the_drafts_distribution():
     generator = torch.Generator().manual_seed(0)
     target = torch.softmax(2 * torch.randn(3, 6, generator=generator).double(), -1)  # after each draft
     proposal = torch.softmax(2 * torch.randn(2, 6, generator=generator).double(), -1)
-    count = 20_000
+    count = 6_000
     drawn = torch.stack([torch.multinomial(row, count, replacement=True, generator=generator) for row in proposal], 1)
     sequences = [drafted(i, proposal, drawn[i].tolist()) for i in range(count)]
     tokens = verify(sequences, target.repeat(count, 1))
@@ -36,7 +36,7 @@ def test_verified_tokens_follow_the_target_whatever_the_drafts_distribution():
     assert chisquare(seconds.numpy(), expected.numpy()).pvalue > 1e-3
     # As many first drafts are kept as the distributions overlap: no exact method can keep more.
     overlap = torch.minimum(target[0], proposal[0]).sum().item()
-    assert sum(len(row) > 1 for row in tokens) / count == pytest.approx(overlap, abs=0.015)
+    assert sum(len(row) > 1 for row in tokens) / count == pytest.approx(overlap, abs=0.025)
 
 
 def test_equal_distributions_keep_every_draft_and_disjoint_ones_none():

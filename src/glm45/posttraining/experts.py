@@ -124,8 +124,7 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
         trajectories.append(f"{expert.name}-trajectories")
     sound = dataclasses.replace(config.cold_start.arithmetic, careful_share=1.0)
     replay = {
-        "domains": domains,
-        "count": config.replay_count,
+        "counts": dict.fromkeys(domains, config.replay_count),
         "cold_start": to_dict(ColdStartConfig(arithmetic=sound, sound_share=1.0)),
     }
     overall = {

@@ -148,7 +148,7 @@ def resident_megabytes(pid: int) -> float:
 
 def start_server(folder: Path) -> tuple[subprocess.Popen[str], int]:
     """Start `glm45 serve` on a free port and return it with the port."""
-    command = [sys.executable, "-m", "glm45.cli", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "glm45.cli", "serve", str(folder), "--port", "0", "engine.cache_tokens=32768"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
     assert server.stdout
     line = server.stdout.readline()

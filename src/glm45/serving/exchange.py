@@ -15,6 +15,7 @@ from glm45.serving.errors import ApiError, timed_out, unavailable
 from glm45.serving.metrics import Metrics
 
 T = TypeVar("T")
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 logger = logging.getLogger("glm45.serving")
 CLIENT_LEFT = 499
 """Status in the log and the metrics of a client that left; nobody receives it."""
@@ -183,7 +184,7 @@ class EventStream(Response):
 
 def event(data: Any, name: str | None = None) -> bytes:
     """Return one server-sent event with JSON data."""
-    text = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = f"data: {_encode(data)}\n\n"
     return (f"event: {name}\n{text}" if name else text).encode()
 
 

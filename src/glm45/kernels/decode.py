@@ -9,6 +9,7 @@ N rows, O outputs, I inputs, D hidden size, V vocabulary.
 import ctypes
 import mmap
 from ctypes import c_double, c_int64, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,8 @@ def _matrix(weight: torch.Tensor, gated: bool) -> tuple[int, int, int]:
 
 def _typed(native: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the C functions: without it, integers would be passed in 32 bits."""
-    pointer, number = c_void_p, c_int64
+    pointer: Any = c_void_p
+    number: Any = c_int64
     native.decoder_create.restype, native.decoder_create.argtypes = pointer, [number]
     native.decoder_destroy.restype, native.decoder_destroy.argtypes = None, [pointer]
     native.decoder_has_bf16.restype, native.decoder_has_bf16.argtypes = number, []

@@ -186,7 +186,7 @@ def overall_sft(context: Context) -> None:
             conversations += read_conversations(folder / "conversations.jsonl")
     replay = config["replay"]
     sound, seed = from_dict(ColdStartConfig, replay["cold_start"]), derive_seed(config["seed"], "replay")
-    conversations += _mixed(dict.fromkeys(replay["domains"], replay["count"]), seed, sound)
+    conversations += _mixed(replay["counts"], seed, sound)
     balanced = balance_modes(conversations, from_dict(ModeBalance, config["balance"]), config["seed"])
     write_conversations(context.folder / "conversations.jsonl", balanced)
     counts = Counter(conversation.metadata["domain"] for conversation in balanced)

@@ -112,3 +112,12 @@ def test_results_repeat_bit_for_bit(needs_native):
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_the_loss_has_one_backward_pass():
+    """Its gradients are scaled in place; a second pass would scale them twice, so it is refused."""
+    hidden = torch.randn(5, 16, requires_grad=True)
+    loss = logprobs.linear_cross_entropy(hidden, torch.randn(32, 16), torch.arange(5), torch.ones(5))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()

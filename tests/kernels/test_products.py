@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from glm45.kernels import native, products
+from glm45.kernels.linear import linear
 
 
 @pytest.fixture(params=["fp32", "fp16"])
@@ -66,6 +67,20 @@ def test_what_is_not_a_number_or_infinite_shows(unit):
     assert out[2].isnan().all()
     assert not out[4].isfinite().any()
     assert (out[[0, 1, 3, 5, 6, 7, 8]] == 20).all()
+
+
+def test_a_bf16_layer_takes_the_unit_where_it_has_enough_rows(unit):
+    """Weights in bf16 too: values and gradients as in fp64; few rows go to torch, which does not pack."""
+    weight = torch.randn(48, 32).bfloat16().requires_grad_()
+    for rows in (3, 70):
+        x = torch.randn(2, rows, 32).bfloat16().requires_grad_()
+        assert products.beats_torch(x, weight) == (2 * rows >= products.MIN_ROWS)
+        linear(x, weight).float().square().sum().backward()
+        wide, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+        (wide @ wide_weight.T).square().sum().backward()
+        for ours, exact in ((x.grad, wide.grad), (weight.grad, wide_weight.grad)):
+            assert (ours - exact).abs().max() < 0.02 * exact.abs().max()
+        weight.grad = None
 
 
 def test_empty_products_are_zero(unit):

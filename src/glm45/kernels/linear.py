@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from glm45.kernels.products import prepare, product
+from glm45.kernels.products import beats_torch, prepare, product
 
 
 def linear(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -17,7 +17,7 @@ def linear(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
 
     Where the dtypes differ, the cast weight is kept for the backward pass instead of being cast again.
     """
-    if x_NI.dtype == weight_OI.dtype:
+    if x_NI.dtype == weight_OI.dtype and not beats_torch(x_NI, weight_OI):
         return F.linear(x_NI, weight_OI, bias_O)
     return _MasterLinear.apply(x_NI, weight_OI, bias_O)
 

@@ -73,8 +73,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy scales its gradients in place: it has one backward pass")
         scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
-        ctx.gradients = ()  # spent: a second backward pass must fail, not scale twice
+        ctx.gradients = None
         return *scaled, None, None
 
 

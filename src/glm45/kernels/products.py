@@ -26,6 +26,8 @@ import torch
 from glm45.kernels import native
 
 UNITS = ("torch", "fp32", "fp16")
+MIN_ROWS = 64
+"""With fewer rows than this, packing the weight costs more than a faster unit saves."""
 PROBE_SIZES = (512, 256, 512)
 PROBE_SECONDS = 0.2
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -34,6 +36,11 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 def prepare(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight as `product` wants it beside operands of `dtype`: cast, unless native products read it."""
     return weight if _takes(weight, dtype) else weight.to(dtype)
+
+
+def beats_torch(x_NI: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Say whether native products serve better even where operands are of one dtype, and nothing has to be cast."""
+    return x_NI.numel() >= MIN_ROWS * x_NI.shape[-1] and type(x_NI) in native.PLAIN and _takes(weight, x_NI.dtype)
 
 
 def product(
@@ -54,7 +61,7 @@ def product(
     if out_MN is None:
         out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1], dtype=dtype or a_MK.dtype)
     half = torch.bfloat16 in (a_MK.dtype, b_KN.dtype, out_MN.dtype)
-    if half and _takes(b_KN, torch.bfloat16):
+    if half and type(a_MK) in native.PLAIN and _takes(b_KN, torch.bfloat16):
         return _native_product(a_MK, b_KN, out_MN, bias_N, add=add, fp16=bf16_unit() == "fp16")
     if out_MN.dtype == a_MK.dtype and bias_N is None:
         return out_MN.addmm_(a_MK, b_KN) if add else torch.mm(a_MK, b_KN, out=out_MN)

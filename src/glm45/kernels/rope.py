@@ -51,6 +51,7 @@ def split_qkv(
 
     One pass over the fused projection, rounded once. Query head `h` belongs to key/value head `h // G`.
     """
+    assert (q_norm_D is None) == (k_norm_D is None), "queries and keys are normed together or not at all"
     weights = () if q_norm_D is None or k_norm_D is None else (q_norm_D, k_norm_D)
     if _native_takes(qkv_BTKPD, cos_BTR, sin_BTR, weights):
         return _NativeSplitQkv.apply(qkv_BTKPD, cos_BTR, sin_BTR, q_norm_D, k_norm_D, eps)

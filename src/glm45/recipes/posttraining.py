@@ -78,7 +78,7 @@ def experts() -> ExpertIteration:
         experts=(
             Expert(name="reasoning", domain="arithmetic", base_count=24_000),
             Expert(name="tool", domain="tools"),
-            Expert(name="general", domain="instructions"),
+            Expert(name="general", domain="instructions", base_count=8000),
         ),
         cold_start=ColdStartConfig(arithmetic=PROBLEMS),
         cold_start_sft=gentle,

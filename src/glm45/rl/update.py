@@ -75,16 +75,17 @@ class PolicyTrainer:
         for index, row in enumerate(rows):
             before = old[index] if old else None
             now = self._forward(row, before.expert_ids if before and self.config.routing_replay else None)
+            device = now.logprobs_N.device
             result = policy_loss(
                 now.logprobs_N,
                 before.logprobs_N if before else now.logprobs_N.detach(),
-                row.advantages_N.to(now.logprobs_N.device),
-                row.weights_N.to(now.logprobs_N.device),
+                row.advantages_N.to(device),
+                row.weights_N.to(device),
                 clip_low=self.config.clip_low,
                 clip_high=self.config.clip_high,
-                rollout_logprobs_N=row.rollout_logprobs_N.to(now.logprobs_N.device),
+                rollout_logprobs_N=row.rollout_logprobs_N.to(device),
                 mismatch_cap=self.config.mismatch_cap,
-                sample_ids_N=row.sample_ids_N if self.config.ratio == "sequence" else None,
+                sample_ids_N=row.sample_ids_N.to(device) if self.config.ratio == "sequence" else None,
             )
             (result.loss + self.config.mtp_weight * now.mtp_loss).backward()
             for name, value in result.sums.items():

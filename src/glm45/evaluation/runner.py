@@ -5,21 +5,31 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glm45.config import configuration, to_dict
-from glm45.environments.protocol import Failure, Reward, Task
+from glm45.environments.protocol import Failure, Outcome, Reward, Task
 from glm45.environments.verify import RewardConfig, RewardWorkers
+from glm45.evaluation.judge import VERDICTS, Judge
 from glm45.evaluation.statistics import Estimate, bootstrap
-from glm45.evaluation.targets import Answer, Sampling, Target
+from glm45.evaluation.targets import Sampling, Target
 from glm45.rl.curriculum import pass_at_k
 from glm45.seeds import derive_seed
 
 TRANSCRIPTS = "transcripts.jsonl"
 RESULT = "result.json"
+
+Answers = dict[str, list[dict[str, Any]]]
+"""Transcript rows by task, in the order of their samples."""
+Progress = Callable[[int, int], None]
+"""Told how many of how many answers are there."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @configuration
@@ -70,30 +80,52 @@ def run_suite(
     folder: Path,
     *,
     rewards: RewardConfig | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    judge: Judge | None = None,
+    progress: Progress = no_progress,
 ) -> SuiteResult:
     """Answer and judge every task of a suite; write transcripts and result to `folder`.
 
-    Answers already in `folder` for the same task, sample and settings are kept. Raises ValueError for a suite without
-    tasks and for tasks that share an id.
+    Answers already in `folder` for the same task, sample and settings are kept, and so are a judge's verdicts. With a
+    judge, its verdict is the score of every task whose reference is text, and the verifier's opinion a part, `rules`.
+    Raises ValueError for a suite without tasks and for tasks that share an id.
     """
+    check(suite)
+    folder.mkdir(parents=True, exist_ok=True)
+    transcripts = Transcripts(folder / TRANSCRIPTS)
+    asyncio.run(_answer_all(target, suite, transcripts, progress))
+    answers = {
+        task.task_id: [
+            transcripts.rows[_key(target, task, suite.settings.sampling, sample)]
+            for sample in range(suite.settings.num_samples)
+        ]
+        for task in suite.tasks
+    }
+    outcomes = _verify(suite, answers, rewards)
+    if judge is not None:
+        verdicts = Transcripts(folder / VERDICTS)
+        asyncio.run(_consult(judge, suite, answers, outcomes, verdicts))
+    return store(_summary(target, suite, answers, outcomes), folder)
+
+
+def check(suite: Suite) -> None:
+    """Raise ValueError for a suite without tasks and for tasks that share an id."""
     if not suite.tasks:
         raise ValueError(f"suite {suite.name!r} has no tasks")
     repeated = [name for name, count in Counter(task.task_id for task in suite.tasks).items() if count > 1]
     if repeated:
         raise ValueError(f"suite {suite.name!r} has several tasks with the id {repeated[0]!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    transcripts = _Transcripts(folder / TRANSCRIPTS)
-    asyncio.run(_answer_all(target, suite, transcripts, progress))
-    result = _judge(target, suite, transcripts, rewards)
+
+
+def store(result: SuiteResult, folder: Path) -> SuiteResult:
+    """Write a result to its folder, whole or not at all, and return it."""
     draft = folder / f".{RESULT}"
     draft.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     draft.replace(folder / RESULT)
     return result
 
 
-class _Transcripts:
-    """Answers by task, sample and settings, in a file that is only appended to."""
+class Transcripts:
+    """Rows by key, in a file that is only appended to: what a killed run had written is there for the next."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,22 +138,24 @@ class _Transcripts:
                     continue
                 self.rows[row["key"]] = row
 
-    def add(self, key: str, task: Task, sample: int, answer: Answer) -> None:
-        """Keep one answer."""
-        row = {"key": key, "task_id": task.task_id, "sample": sample, "prompt": task.messages, **asdict(answer)}
+    def add(self, key: str, **values: Any) -> None:
+        """Keep one row."""
+        row = {"key": key, **values}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows[key] = row
 
 
+def digest(*values: Any) -> str:
+    """Return the key of what JSON-ready values say."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+
+
 def _key(target: Target, task: Task, sampling: Sampling, sample: int) -> str:
-    text = json.dumps([target.name, dataclasses.asdict(task), to_dict(sampling), sample], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return digest(target.name, dataclasses.asdict(task), to_dict(sampling), sample)
 
 
-async def _answer_all(
-    target: Target, suite: Suite, transcripts: _Transcripts, progress: Callable[[int, int], None]
-) -> None:
+async def _answer_all(target: Target, suite: Suite, transcripts: Transcripts, progress: Progress) -> None:
     settings = suite.settings
     jobs = [(task, sample) for task in suite.tasks for sample in range(settings.num_samples)]
     keys = {(task.task_id, sample): _key(target, task, settings.sampling, sample) for task, sample in jobs}
@@ -132,36 +166,69 @@ async def _answer_all(
     async def answer(task: Task, sample: int) -> None:
         nonlocal done
         seed = derive_seed(settings.sampling.seed, suite.name, task.task_id, sample)
-        transcripts.add(keys[task.task_id, sample], task, sample, await target.answer(task, settings.sampling, seed))
+        answer = await target.answer(task, settings.sampling, seed)
+        about = {"task_id": task.task_id, "sample": sample, "prompt": task.messages}
+        transcripts.add(keys[task.task_id, sample], **about, **asdict(answer))
         done += 1
         progress(done, len(jobs))
 
-    async with asyncio.TaskGroup() as group:
-        for task, sample in missing:
-            group.create_task(answer(task, sample))
+    await together(answer(task, sample) for task, sample in missing)
 
 
-def _judge(target: Target, suite: Suite, transcripts: _Transcripts, rewards: RewardConfig | None) -> SuiteResult:
-    settings = suite.settings
+async def together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run jobs side by side; the first that fails ends the others, and its error is raised as it was."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(job)
+    except* (OSError, ValueError) as failed:
+        raise failed.exceptions[0] from None
+
+
+def _verify(suite: Suite, answers: Answers, rewards: RewardConfig | None) -> dict[str, list[Outcome]]:
+    """Return the verifiers' outcomes, by task and sample."""
+    with RewardWorkers(rewards) as workers:
+        waiting = {
+            task.task_id: [workers.submit(task, visible(suite, row["message"])) for row in answers[task.task_id]]
+            for task in suite.tasks
+        }
+        return {name: [future.result() for future in futures] for name, futures in waiting.items()}
+
+
+async def _consult(
+    judge: Judge, suite: Suite, answers: Answers, outcomes: dict[str, list[Outcome]], verdicts: Transcripts
+) -> None:
+    """Replace the outcomes of tasks whose reference is text by a judge's verdicts."""
+
+    async def consult(task: Task, sample: int) -> None:
+        text = visible(suite, answers[task.task_id][sample]["message"]).get("content") or ""
+        key = digest(judge.name, task.messages, task.answer, text)
+        if key not in verdicts.rows:
+            correct, said = await judge.verdict(task, text)
+            verdicts.add(key, task_id=task.task_id, sample=sample, correct=correct, said=said)
+        correct = verdicts.rows[key]["correct"]
+        rules = outcomes[task.task_id][sample]
+        if correct is None:
+            outcomes[task.task_id][sample] = Failure("judge", "the judge gave no verdict")
+        else:
+            parts = {}
+            if isinstance(rules, Reward):
+                parts = {"rules": rules.value, "agreement": float(correct == (rules.value >= 1))}
+            outcomes[task.task_id][sample] = Reward(float(correct), parts)
+
+    judged = [task for task in suite.tasks if isinstance(task.answer, str)]
+    await together(consult(task, sample) for task in judged for sample in range(suite.settings.num_samples))
+
+
+def _summary(target: Target, suite: Suite, answers: Answers, outcomes: dict[str, list[Outcome]]) -> SuiteResult:
     failures: Counter[str] = Counter()
     values: dict[str, list[float]] = {}
-    tokens: list[int] = []
-    with RewardWorkers(rewards) as workers:
-        waiting = []
-        for task in suite.tasks:
-            rows = [
-                transcripts.rows[_key(target, task, settings.sampling, sample)]
-                for sample in range(settings.num_samples)
-            ]
-            tokens += [row["num_tokens"] for row in rows]
-            judged = [workers.submit(task, _visible(row["message"], settings.last_characters)) for row in rows]
-            waiting.append((rows, judged))
-        for rows, judged in waiting:
-            outcomes = [future.result() for future in judged]
-            failures.update(outcome.kind for outcome in outcomes if isinstance(outcome, Failure))
-            scored = [outcome for outcome in outcomes if isinstance(outcome, Reward)]
-            for name, value in _task_metrics(rows, scored, settings).items():
-                values.setdefault(name, []).append(value)
+    for name, rows in answers.items():
+        failures.update(outcome.kind for outcome in outcomes[name] if isinstance(outcome, Failure))
+        scored = [outcome for outcome in outcomes[name] if isinstance(outcome, Reward)]
+        for metric, value in _task_metrics(rows, scored, suite.settings).items():
+            values.setdefault(metric, []).append(value)
+    tokens = [row["num_tokens"] for rows in answers.values() for row in rows]
     return SuiteResult(
         suite=suite.name,
         target=target.name,
@@ -172,7 +239,9 @@ def _judge(target: Target, suite: Suite, transcripts: _Transcripts, rewards: Rew
     )
 
 
-def _visible(message: dict[str, Any], last_characters: int | None) -> dict[str, Any]:
+def visible(suite: Suite, message: dict[str, Any]) -> dict[str, Any]:
+    """Return the message with as much of its end as is judged."""
+    last_characters = suite.settings.last_characters
     if last_characters is None or not message.get("content"):
         return message
     return {**message, "content": message["content"][-last_characters:]}

@@ -16,6 +16,7 @@ from glm45.environments.reasoning_gym import reasoning_gym_tasks
 from glm45.environments.tasks import split_tasks
 from glm45.environments.tools import tool_tasks
 from glm45.evaluation.benchmarks import BENCHMARKS
+from glm45.evaluation.families import FAMILIES, family_tasks
 from glm45.evaluation.ifeval import ifeval
 from glm45.evaluation.long_context import needle_tasks
 from glm45.evaluation.pathology import without_pathology
@@ -44,8 +45,10 @@ class SuiteOptions:
     """Tasks of a generated suite."""
     seed: int = 0
     """Root of generated tasks."""
-    max_tokens: int = 128
-    """Most tokens of one answer."""
+    settings: SuiteSettings = SuiteSettings()
+    """How answers are drawn and judged, such as `settings.num_samples=4`; `--preset` sets it to the report's."""
+    max_tokens: int = 0
+    """Most tokens of one answer; 0 leaves that to `settings.sampling.max_tokens`."""
     limit: int = 0
     """Ask only so many tasks of a public benchmark; 0 asks all."""
     characters: int = 2000
@@ -54,8 +57,16 @@ class SuiteOptions:
     """Problems of the arithmetic suites."""
 
     def __post_init__(self) -> None:
-        if self.num_tasks < 1 or self.max_tokens < 1:
-            raise ValueError(f"num_tasks {self.num_tasks} and max_tokens {self.max_tokens} must be 1 or more")
+        if self.num_tasks < 1 or self.max_tokens < 0:
+            raise ValueError(f"num_tasks {self.num_tasks} must be 1 or more, max_tokens {self.max_tokens} 0 or more")
+
+    @property
+    def resolved_settings(self) -> SuiteSettings:
+        """`settings`, with `max_tokens` where it is given."""
+        if not self.max_tokens:
+            return self.settings
+        sampling = dataclasses.replace(self.settings.sampling, max_tokens=self.max_tokens)
+        return dataclasses.replace(self.settings, sampling=sampling)
 
 
 def held_out(tasks: Callable[[int, int], Iterable[Task]], options: SuiteOptions) -> list[Task]:
@@ -102,6 +113,12 @@ def reasoning(options: SuiteOptions) -> list[Task]:
     return [task for family in REASONING_FAMILIES for task in family_tasks(family)]
 
 
+def base(options: SuiteOptions) -> list[Task]:
+    """Multiple choice by likelihood from every generated family, in equal parts."""
+    each = max(1, options.num_tasks // len(FAMILIES))
+    return [task for family in FAMILIES for task in family_tasks(family, options.seed, each)]
+
+
 def pathology(options: SuiteOptions) -> list[Task]:
     """Questions of every generated family, judged by the form of the answer only."""
     each = dataclasses.replace(options, num_tasks=max(1, options.num_tasks // 3))
@@ -119,6 +136,7 @@ SUITES: dict[str, Callable[[SuiteOptions], list[Task]]] = {
     "tools": tools,
     "instructions": instructions,
     "reasoning": reasoning,
+    "base": base,
     "pathology": pathology,
     "long": lambda options: list(needle_tasks(options.seed, options.num_tasks, options.characters)),
     "ifeval": benchmark(ifeval),
@@ -127,10 +145,15 @@ SUITES: dict[str, Callable[[SuiteOptions], list[Task]]] = {
 """Generated suites, and public benchmarks whose data `glm45 eval --fetch` brings."""
 
 
-def build_suite(name: str, options: SuiteOptions, settings: SuiteSettings | None = None) -> Suite:
+def build_suite(name: str, options: SuiteOptions) -> Suite:
     """Return a suite by name. Raises ValueError with the known names."""
     if name not in SUITES:
         raise ValueError(f"no suite {name!r}; known: {', '.join(SUITES)}")
-    return Suite(
-        name, SUITES[name](options), settings or SuiteSettings(sampling=Sampling(max_tokens=options.max_tokens))
-    )
+    return Suite(name, SUITES[name](options), options.resolved_settings)
+
+
+def report_settings(name: str) -> SuiteSettings:
+    """Return the report's settings for a benchmark. Raises ValueError with the known names."""
+    if name not in REPORT_SETTINGS:
+        raise ValueError(f"no preset {name!r}; known: {', '.join(REPORT_SETTINGS)}")
+    return REPORT_SETTINGS[name]

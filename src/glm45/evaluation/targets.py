@@ -1,6 +1,6 @@
-"""What is evaluated: a model in this process, or any OpenAI-compatible endpoint."""
+"""What is evaluated: a model in this process, or any OpenAI-compatible endpoint (`glm45.evaluation.endpoint`)."""
 
-import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,12 +36,20 @@ class Answer:
 
 
 class Target(Protocol):
-    """Something that answers."""
+    """Something that answers, and says how likely a text is."""
 
     name: str
 
     async def answer(self, task: Task, sampling: Sampling, seed: int) -> Answer:
         """Answer a task's messages once."""
+        ...
+
+    async def loglikelihoods(self, context: str, continuations: Sequence[str]) -> list[float]:
+        """Return the log-probability of each continuation after `context`, in nats, summed over its tokens.
+
+        The token that crosses the boundary, where there is one, belongs to the continuation. Raises ValueError where
+        the target cannot tell.
+        """
         ...
 
     def close(self) -> None:
@@ -91,65 +99,30 @@ class LocalTarget:
         faults = [str(problem) for problem in status.problems]
         return Answer({**message, "faults": faults}, completion.finish_reason, len(completion.token_ids))
 
+    async def loglikelihoods(self, context: str, continuations: Sequence[str]) -> list[float]:
+        """See `Target.loglikelihoods`. Raises ValueError for a text that fills the engine's context."""
+        from glm45.engine.request import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
+        context_ids = self._tokenizer.encode(context)
+        found = []
+        for continuation in continuations:
+            ids = self._tokenizer.encode(context + continuation)
+            (completion,) = await self._engine.generate_async(ids, params)
+            found.append(sum(completion.prompt_logprobs[num_shared(context_ids, ids) :]))
+        return found
+
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
 
 
-class HttpTarget:
-    """An OpenAI-compatible chat endpoint."""
+def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids at the start are the same, at least 1: the first token has no log-probability.
 
-    def __init__(self, url: str, model: str | None = None, api_key: str | None = None, concurrency: int = 16) -> None:
-        """`url` ends in `/v1` or is the server's root. Raises ValueError if no model is named and none is served."""
-        import httpx
-
-        base = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.AsyncClient(
-            base_url=base if base.endswith("/v1") else f"{base}/v1", headers=headers, timeout=600
-        )
-        self._slots = asyncio.Semaphore(concurrency)
-        self._model = model
-        self.name = f"{url} {model or ''}".strip()
-
-    async def answer(self, task: Task, sampling: Sampling, seed: int) -> Answer:
-        """See `Target.answer`. Raises ValueError for an answer that is not OpenAI's form and OSError without one."""
-        import httpx
-
-        body: dict[str, Any] = {
-            "model": await self._model_name(),
-            "messages": task.messages,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": seed % 2**31,
-            "chat_template_kwargs": {"enable_thinking": task.thinking},
-        }
-        if task.tools:
-            body["tools"] = task.tools
-        async with self._slots:
-            try:
-                response = await self._client.post("/chat/completions", json=body)
-            except httpx.HTTPError as error:
-                raise OSError(f"{self.name} does not answer: {error!r}") from None
-        if response.status_code != 200:
-            raise OSError(f"{self.name} answered {response.status_code}: {response.text[:300]}")
-        try:
-            choice = response.json()["choices"][0]
-            message = {key: value for key, value in choice["message"].items() if value is not None}
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise ValueError(f"{self.name} did not answer in OpenAI's form: {response.text[:300]}") from None
-        message.setdefault("content", "")
-        tokens = (response.json().get("usage") or {}).get("completion_tokens", 0)
-        return Answer({**message, "faults": []}, choice.get("finish_reason") or "stop", tokens)
-
-    async def _model_name(self) -> str:
-        if self._model is None:
-            served = (await self._client.get("/models")).json().get("data") or []
-            if not served:
-                raise ValueError(f"{self.name} lists no model: name one with --model")
-            self._model = served[0]["id"]
-        return self._model
-
-    def close(self) -> None:
-        """Nothing to release: connections end with the event loop."""
+    Raises ValueError for an empty context, after which nothing has one.
+    """
+    if not first:
+        raise ValueError("the context is empty: the likelihood of a first token is not defined")
+    same = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return max(1, next(same, min(len(first), len(second))))

@@ -153,6 +153,17 @@ def test_rows_keep_the_mixture(data_folder, packing):
     assert share == pytest.approx(0.75, abs=0.01)
 
 
+def test_a_tiny_dataset_of_large_weight_does_not_spoil_the_packing():
+    """Its epoch is two rows, and windows of four rows would be less full."""
+    rng = np.random.default_rng(0)
+    datasets = {
+        "a.tiny": MemoryDocuments([[1] * 20] * 10),
+        "a.large": MemoryDocuments([[2] * length for length in rng.integers(1, 100, 5_000)]),
+    }
+    batch = Loader(datasets, {"a.tiny": 1, "a.large": 1}, 100, "best_fit").rows(0, 500)
+    assert (batch.document_ids_BT >= 0).double().mean() > 0.98
+
+
 def test_packing_fills_rows_from_all_datasets():
     """Documents of 60 % of a row leave room that only another dataset's short ones fill."""
     datasets = {"a.long": MemoryDocuments([[1] * 60] * 600), "a.short": MemoryDocuments([[2] * 13] * 1_846)}

@@ -179,15 +179,14 @@ class Stream:
             begin, window = first_end, window - 1
         place = begin + int(window * quota)
         nearest_end = (2 * place + tokens) // (2 * tokens) * tokens
-        return (nearest_end if 2 * abs(place - nearest_end) < quota else place) - self._base
+        near = 2 * abs(place - nearest_end) <= quota + 1  # one more, since places are rounded: some window is near
+        return (nearest_end if near else place) - self._base
 
     def cursor(self, position: int) -> Cursor:
         """Return where a stage leaves the dataset that reads everything before `position`, cutting there."""
         if position < self._num_pending:
             return Cursor(self.first_document, self._pending.cut(position, self._num_pending))
         document, offset = self.order.locate(self._base + position)
-        if not offset:
-            return Cursor(document)
         whole = self.order.documents_between(document, document + 1)
         return Cursor(document + 1, whole.cut(offset, int(whole.lengths_N[0])))
 

@@ -119,6 +119,13 @@ def test_a_missing_tracker_says_how_to_install_it(glm45, tmp_path):
     assert "pip install trackio" in error
 
 
+def test_two_runs_in_one_folder_are_refused(glm45, toy_recipe, tmp_path):
+    with Run.open(tmp_path, toy_recipe()).exclusive():
+        status, _, error = glm45("train", "toy", "--run", tmp_path, "--processes", 1)
+    assert status == 1
+    assert "another process is training in" in error
+
+
 def test_export_without_a_run_or_checkpoint(glm45, toy_recipe, tmp_path):
     assert "no run folder" in glm45("export", tmp_path, tmp_path / "out")[2]
     Run.open(tmp_path, toy_recipe()).write()

@@ -38,6 +38,8 @@ def run_training(run: Run, arguments: list[str], processes: int | None) -> int:
         check_memory(run.config, available / (1 if torch.cuda.is_available() else processes), where)
         load_tokenizer(run.config)
         if processes > 1:
+            with run.exclusive():
+                pass
             return launch(arguments, processes)
     try:
         train(run)

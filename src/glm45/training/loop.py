@@ -7,6 +7,7 @@ intact one, and what it then computes and writes to `metrics.jsonl` is bit for b
 import signal
 import threading
 import time
+from contextlib import closing, nullcontext
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -52,7 +53,7 @@ def train(run: Run, data: DataFolder | None = None, tokenizer: Tokenizer | None 
     data = open_data(config) if data is None else data
     tokenizer = tokenizer or load_tokenizer(config)
     world = World.start(config.layout)
-    try:
+    with closing(world), run.exclusive() if world.rank == 0 else nullcontext(), StopRequests() as stop:
         fingerprint = tokenizer.fingerprint if tokenizer else "none"
         facts = settle_facts(config, world, run.checkpoints, fingerprint)
         state = TrainingState.begin(config, world, facts)
@@ -60,10 +61,8 @@ def train(run: Run, data: DataFolder | None = None, tokenizer: Tokenizer | None 
         if world.rank == 0:
             run.write()
         checkpoints = Checkpoints(run.checkpoints, config.checkpoints)
-        with StopRequests() as stop:
-            _train(run, state, batches, checkpoints, Observers(config, data, tokenizer, run.folder), stop)
-    finally:
-        world.close()
+        observers = Observers(config, data, tokenizer, run.folder)
+        _train(run, state, batches, checkpoints, observers, stop)
     return state.model
 
 

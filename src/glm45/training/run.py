@@ -1,11 +1,13 @@
 """A run: the resolved configuration of everything `glm45 train` will do, and the folder where it lives."""
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +126,20 @@ class Run:
             os.replace(path, self.folder / f"config.{number}.json")
         _write_atomically(path, text)
         _write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1))
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other processes out of the folder, until this one ends in whatever way.
+
+        Raises OSError if another one is at work in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"another process is training in {self.folder}: wait until it ends, or stop it") from None
+            yield
 
     @property
     def checkpoints(self) -> Path:

@@ -152,3 +152,13 @@ def test_only_expert_verified_science_is_kept_when_asked(config, tmp_path):
     kept, _ = read_task_files(dataclasses.replace(config, expert_verified_only=True))
     assert sorted(task.task_id for task in kept) == ["0", "1", "q0"]
     assert len(read_task_files(config)[0]) == 6
+
+
+def test_a_part_of_the_held_out_tasks_comes_from_all_of_the_file(config, tmp_path):
+    import dataclasses
+
+    write_tasks(tmp_path / "held_out.jsonl", word_tasks(100, 200))
+    _, part = read_task_files(dataclasses.replace(config, evaluation=RLEvaluationConfig(num_tasks=40)))
+    numbers = [int(task.task_id) for task in part]
+    assert len(set(numbers)) == 40
+    assert min(numbers) < 150 < 250 < max(numbers)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def read_task_files(config: RLConfig) -> tuple[list[Task], list[Task]]:
             f"{len(shared)} prompts are in both {config.tasks} and {config.held_out}, such as {min(shared)!r}: "
             "split them by hash (glm45.environments.tasks.split_tasks)"
         )
-    return train, held_out[: config.evaluation.num_tasks]
+    # A random part, not the first: a file may hold one domain after another.
+    chosen = random.Random(derive_seed(config.seed, "held-out tasks")).sample(range(len(held_out)), len(held_out))
+    return train, [held_out[index] for index in sorted(chosen[: config.evaluation.num_tasks])]
 
 
 def open_run(folder: Path, config: RLConfig) -> None:

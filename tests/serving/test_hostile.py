@@ -40,6 +40,7 @@ def test_a_client_that_leaves_stops_the_engine(client, engine, shared_server, st
     until(lambda: shared_server.service.gate.num_samples == 0, "the place is free")
 
 
+@pytest.mark.slow
 def test_random_disconnects_leave_nothing_behind(client, engine, shared_server):
     """Two hundred clients that leave at random points: no generation, place or task stays."""
     engine.text, engine.delay = "<think>a b c</think>\n" + "word " * 100, 0.001
@@ -184,6 +185,7 @@ def test_time_limit_ends_answers_with_an_error(serve, engine):
     until(lambda: engine.num_open == 0, "the generations are aborted")
 
 
+@pytest.mark.slow
 def test_a_quiet_stream_is_kept_open(serve, engine):
     """Without a token for a while a comment is sent, which clients skip."""
     engine.text, engine.delay = "one two", 0.3
@@ -215,6 +217,7 @@ def test_foreign_hosts_are_refused_on_loopback(serve):
         assert client.get("/v1/models", headers={"host": "evil.example:80"}).status_code == 403
 
 
+@pytest.mark.slow
 def test_shutdown_finishes_streams_and_takes_nothing_new(serve, engine):
     """Told to stop, the server ends what runs, answers ready with 503, and is gone."""
     engine.text, engine.delay = "word " * 60 + "<|user|>", 0.01

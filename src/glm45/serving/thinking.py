@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from glm45.serving.errors import ApiError
 from glm45.serving.schemas import ThinkingSwitch
+from glm45.text.special_tokens import NOTHINK
 
-OFF_WORDS = ("/nothink", "/no_think")
-ON_WORDS = ("/think",)
+SWITCH_WORDS = (("/nothink", False), ("/no_think", False), ("/think", True))
 
 
 class ThinkingChoice(NamedTuple):
@@ -64,10 +64,12 @@ def _mark(message: dict[str, Any]) -> dict[str, Any]:
 def _without_word(text: str) -> tuple[str, bool | None]:
     """Return the text without a final switch word, and what the word says."""
     end = text.rstrip()
-    for words, value in ((OFF_WORDS, False), (ON_WORDS, True)):
-        for word in words:
-            if end.endswith(word) and (len(end) == len(word) or not end[-len(word) - 1].isalnum()):
-                return end.removesuffix(word).rstrip(), value
+    for word, value in SWITCH_WORDS:
+        if end.endswith(word):
+            bare = end.removesuffix(word)
+            # GLM's own word may touch the text before it, as in the template; the others could be the end of a path.
+            if word == NOTHINK or not bare or bare[-1].isspace():
+                return bare.rstrip(), value
     return text, None
 
 

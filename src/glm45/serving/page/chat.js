@@ -110,7 +110,8 @@ function toEnd() {
 }
 
 function complain(error) {
-  $("banner-text").textContent = error instanceof TypeError ? "The server cannot be reached." : error.message;
+  const text = error instanceof TypeError ? "The server cannot be reached." : error.message;
+  $("banner-text").textContent = text.charAt(0).toUpperCase() + text.slice(1);
   $("banner").hidden = false;
 }
 

@@ -61,9 +61,12 @@ def test_random_disconnects_leave_nothing_behind(client, engine, shared_server):
         ) as http:
             await asyncio.gather(*(one(http, number) for number in range(200)))
 
+    num_tasks = len(asyncio.all_tasks(shared_server.server.servers[0].get_loop()))
     asyncio.run(everyone())
     until(lambda: engine.num_open == 0, "every generation has ended")
     until(lambda: shared_server.service.gate.num_samples == 0, "every place is free")
+    loop = shared_server.server.servers[0].get_loop()
+    until(lambda: len(asyncio.all_tasks(loop)) <= num_tasks, "every task of the server has ended")
     engine.delay = 0.0
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
 

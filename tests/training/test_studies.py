@@ -80,7 +80,8 @@ def plot(name, curves):
     colours = {label: f"C{index}" for index, label in enumerate(dict.fromkeys(label for label, _ in curves))}
     for (label, seed), curve in curves.items():
         axes.plot(*zip(*curve, strict=True), color=colours[label], label=label if seed == 0 else None, alpha=0.7)
-    axes.set(xlabel="tokens", ylabel="held-out loss (nats)", ylim=(None, 7))
+    second = max(curve[1][1] for curve in curves.values())  # the first evaluation would flatten the rest
+    axes.set(xlabel="tokens", ylabel="held-out loss (nats)", ylim=(None, second))
     axes.legend()
     figure.savefig(Path(os.environ.get("GLM45_FIGURES", ".")) / f"{name}.png", dpi=120)
 

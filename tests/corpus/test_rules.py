@@ -22,6 +22,14 @@ def test_prose_passes_and_gets_its_language(rules, make_document):
     assert document.metadata["language"] == "en"
 
 
+def test_chinese_is_not_punished_for_words_of_one_character(rules, make_document):
+    text = "水结冰的时候会膨胀,因为冰的分子之间的距离比液体更大。这就是冰浮在水面上的原因,"
+    text += "也是装满水的瓶子在冷冻室里会破裂的原因。大多数其他物质正好相反。"
+    document = make_document(text, language="")
+    assert rules.filter(document) is True
+    assert document.metadata["language"] == "zh"
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [

@@ -28,7 +28,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 FOUND_KINDS = ("prose", "web", "code")
 NUM_EXAMPLES = 5  # dropped documents shown in the manifest for each reason
 
-_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana and Han: written without spaces
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # kana and Han: written without spaces
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n{2,}")
 
@@ -42,7 +42,7 @@ class Words(WordTokenizer):
 
     def word_tokenize(self, text: str) -> list[str]:
         """Return the words of `text`, punctuation attached."""
-        return _WORD.findall(text) if _UNSPACED.search(text) else text.split()
+        return _WORD.findall(text) if UNSPACED.search(text) else text.split()
 
     def sent_tokenize(self, text: str) -> list[str]:
         """Return the sentences of `text`."""

@@ -13,7 +13,7 @@ from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from glm45.config import configuration
-from glm45.corpus.document import FOUND_KINDS, WORDS, DropLog
+from glm45.corpus.document import FOUND_KINDS, UNSPACED, WORDS, DropLog
 
 
 @configuration
@@ -82,10 +82,18 @@ class RuleFilter(BaseFilter):
         self.rules = rules
 
     @cached_property
-    def _prose_filters(self) -> list[BaseFilter]:
+    def _spaced(self) -> list[BaseFilter]:
+        return self._prose_filters(min_mean_word_length=3)
+
+    @cached_property
+    def _unspaced(self) -> list[BaseFilter]:
+        return self._prose_filters(min_mean_word_length=None)  # a word of Chinese is a character here
+
+    def _prose_filters(self, min_mean_word_length: int | None) -> list[BaseFilter]:
         r = self.rules
         return [
             GopherQualityFilter(
+                min_avg_word_length=min_mean_word_length,
                 min_doc_words=r.min_words,
                 max_doc_words=r.max_words,
                 max_avg_word_length=r.max_mean_word_length,
@@ -127,7 +135,7 @@ class RuleFilter(BaseFilter):
             return False, "other language"
         if doc.metadata["language"] == "en" and not _has_stop_words(doc.text):
             return False, "no stop words"
-        for rule in self._prose_filters:
+        for rule in self._unspaced if UNSPACED.search(doc.text) else self._spaced:
             result = rule.filter(doc)
             if isinstance(result, tuple) and not result[0]:
                 return False, result[1].replace("_", " ")

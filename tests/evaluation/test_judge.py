@@ -1,5 +1,6 @@
 """A judge's verdicts score answers, are asked once, and where there is none, nothing is learnt."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from glm45.evaluation.runner import Suite, SuiteSettings, run_suite
 from glm45.evaluation.targets import Answer
 
 TASKS = [
-    Task(task_id=str(i), verifier="mathematics", messages=[user(f"What is {i} + 1?")], answer=str(i + 1))
+    Task(task_id=str(i), verifier="arithmetic", messages=[user(f"What is {i} + 1?")], answer=str(i + 1))
     for i in range(4)
 ]
 
@@ -37,7 +38,8 @@ def judged(body):
 
 def test_verdicts_are_the_score_and_are_asked_once(endpoint, chat, tmp_path):
     endpoint.script = lambda path, body: (200, {}, chat(judged(body)))
-    judge, suite = Judge(HttpTarget(endpoint.url, "judge", extensions=False)), Suite("s", TASKS, SuiteSettings())
+    tasks = [dataclasses.replace(task, verifier="mathematics") for task in TASKS]  # whose rules read the words as wrong
+    judge, suite = Judge(HttpTarget(endpoint.url, "judge", extensions=False)), Suite("s", tasks, SuiteSettings())
     result = run_suite(Wordy(), suite, tmp_path, judge=judge)
     assert result.metrics["score"].mean == 3 / 4
     assert result.metrics["part:rules"].mean == 0

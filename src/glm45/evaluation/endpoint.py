@@ -88,6 +88,15 @@ class HttpTarget:
             for continuation, answered in zip(continuations, answers, strict=True)
         ]
 
+    async def complete(self, prompt: str, *, max_tokens: int, stop: Sequence[str], temperature: float = 0.0) -> str:
+        """Return the text that follows a prompt. Raises as `answer` does."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "stop": list(stop) or None}
+        answered = await self._ask("/completions", {"model": await self._model_name(), **body})
+        try:
+            return str(answered["choices"][0]["text"])
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"{self.name} did not answer in OpenAI's form: {str(answered)[:300]}") from None
+
     def _sum_after(self, start: int, end: int, answered: Mapping[str, Any]) -> float:
         """Sum the log-probabilities of the tokens that hold characters `start` to `end` of the echoed prompt."""
         try:

@@ -58,7 +58,7 @@ class Quality:
     `glm45.corpus.reasoning.ask_scores` returned for documents of your own. Not in the report."""
     dimension: int = 16
     """Size of fastText's word vectors. Not in the report."""
-    examples_shown: int = 16_000
+    examples_shown: int = 48_000
     """Labelled examples that fastText sees, in as many passes as that takes: few seeds need more passes than many. Not
     in the report."""
     learning_rate: float = 0.1

@@ -188,13 +188,12 @@ inline int64_t panel_size(int64_t inputs) {  // elements; bf16 inputs go in pair
 
 // ---------------------------------------------------------------------------------------------------- products
 
+// Sums are kept in locals: through a reference they would be written to memory at every step.
 template <int ROWS>
-inline void multiply(const float* const* rows, const float* panel, int64_t inputs, floats (&sums)[ROWS][VECTORS]) {
+inline void multiply(const float* const* rows, const float* panel, int64_t inputs, floats (&out)[ROWS][VECTORS]) {
     const float* x[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-        x[r] = rows[r];
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = floats{};
-    }
+    floats sums[ROWS][VECTORS] = {};
+    for (int r = 0; r < ROWS; ++r) x[r] = rows[r];
     for (int64_t i = 0; i < inputs; ++i, panel += PANEL) {
         floats w[VECTORS];
         for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + v * LANES);
@@ -203,26 +202,25 @@ inline void multiply(const float* const* rows, const float* panel, int64_t input
             for (int v = 0; v < VECTORS; ++v) sums[r][v] += value * w[v];
         }
     }
+    std::memcpy(&out, &sums, sizeof sums);
 }
 
 #if defined(__AVX512BF16__)
 template <int ROWS>
 inline void multiply(const bfloat16* const* rows, const bfloat16* panel, int64_t inputs,
-                     floats (&sums)[ROWS][VECTORS]) {
+                     floats (&out)[ROWS][VECTORS]) {
     const int32_t* x[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-        x[r] = reinterpret_cast<const int32_t*>(rows[r]);
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = floats{};
-    }
+    __m512 sums[ROWS][VECTORS] = {};
+    for (int r = 0; r < ROWS; ++r) x[r] = reinterpret_cast<const int32_t*>(rows[r]);
     for (int64_t i = 0; i < (inputs + 1) / 2; ++i, panel += 2 * PANEL) {
         __m512bh w[VECTORS];
         for (int v = 0; v < VECTORS; ++v) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * LANES);
         for (int r = 0; r < ROWS; ++r) {
             __m512bh value = (__m512bh)_mm512_set1_epi32(x[r][i]);
-            for (int v = 0; v < VECTORS; ++v)
-                sums[r][v] = (floats)_mm512_dpbf16_ps((__m512)sums[r][v], value, w[v]);
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], value, w[v]);
         }
     }
+    std::memcpy(&out, &sums, sizeof sums);
 }
 #endif
 

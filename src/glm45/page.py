@@ -132,8 +132,9 @@ def bars(
     x: str,
     *,
     intervals: Mapping[str, tuple[float, float]] | None = None,
+    most: float | None = None,
 ) -> str:
-    """Draw horizontal bars, the first on top, with 95 % intervals where given."""
+    """Draw horizontal bars from 0 (to `most`), the first on top, with 95 % intervals where given."""
     names = list(values)[::-1]
     figure, axes = _axes(title, x, "", height=max(1.6, 0.26 * len(names) + 0.9))
     axes.barh(names, [values[name] for name in names], color=SERIES[0], height=0.7)
@@ -141,6 +142,7 @@ def bars(
         if intervals and name in intervals:
             axes.plot(intervals[name], [row, row], color=INK, linewidth=1)
     axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, most)
     return _svg(figure)
 
 

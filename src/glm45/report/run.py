@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         elif (folder / "metrics.jsonl").exists():
             page.section(f"Training: {name}")
             add_training(page, folder)
-    _add_evaluation(page, run)
+    _add_evaluation(page, run, list(records))
     _add_lineage(page, records)
     page.section("What the numbers do not show")
     for limit in LIMITS:
@@ -112,27 +112,30 @@ def _step_row(step: Mapping[str, Any]) -> list[str]:
     return [step["step"], f"{sum(tally['documents'] for tally in step['out']):,}", reasons or "–"]
 
 
-def _add_evaluation(page: Page, run: Path) -> None:
-    """Add the table of every model's score on every suite, with samples side by side."""
+def _add_evaluation(page: Page, run: Path, order: Sequence[str]) -> None:
+    """Add the table of every model's score on every suite, with samples side by side; models in the run's order."""
     results: dict[str, dict[str, Any]] = {}
-    folders = sorted(file.parent for file in (run / "steps").glob(f"*/*/*/{RESULT}"))
-    for folder in folders:
-        model, suite = folder.parent.name, folder.name
-        results.setdefault(suite, {})[model] = json.loads((folder / RESULT).read_text())
+    for model in order:
+        for file in sorted((run / "steps").glob(f"*/{model}/*/{RESULT}")):
+            results.setdefault(file.parent.name, {})[model] = json.loads(file.read_text())
     if not results:
         return
     page.section("Evaluation", "Means over held-out tasks with 95 % bootstrap intervals.")
-    models = list(dict.fromkeys(model for row in results.values() for model in row))
+    models = [model for model in order if any(model in row for row in results.values())]
     page.table(
         ["suite", *models], [[suite, *(_score(row.get(model)) for model in models)] for suite, row in results.items()]
     )
+    page.plots(*(_bars(suite, row) for suite, row in results.items()))
     for suite, row in results.items():
-        scores = {model: result["metrics"]["score"] for model, result in row.items() if "score" in result["metrics"]}
-        if scores:
-            means = {model: score["mean"] for model, score in scores.items()}
-            intervals = {model: (score["low"], score["high"]) for model, score in scores.items()}
-            page.plots(bars(means, suite, "score", intervals=intervals))
+        page.heading(suite)
         _add_answers(page, run, suite, list(row))
+
+
+def _bars(suite: str, row: Mapping[str, Mapping[str, Any]]) -> str:
+    scores = {model: result["metrics"]["score"] for model, result in row.items() if "score" in result["metrics"]}
+    means = {model: score["mean"] for model, score in scores.items()}
+    intervals = {model: (score["low"], score["high"]) for model, score in scores.items()}
+    return bars(means, suite, "score", intervals=intervals, most=1.0) if means else ""
 
 
 def _score(result: Mapping[str, Any] | None) -> str:
@@ -150,7 +153,7 @@ def _add_answers(page: Page, run: Path, suite: str, models: list[str], num_tasks
     shared = set.intersection(*(set(rows) for rows in answers.values())) if answers else set()
     for task_id in sorted(shared)[:num_tasks]:
         rows = [answers[model][task_id] for model in answers]
-        page.heading(str(rows[0]["prompt"][-1]["content"]))
+        page.text(str(rows[0]["prompt"][-1]["content"]))
         page.columns(list(answers), [_shown(row) for row in rows])
 
 

@@ -1,0 +1,81 @@
+"""The report holds what the run's folders hold, and says what the numbers do not show."""
+
+import json
+
+import pytest
+
+from glm45.report.run import LIMITS, write_report
+from glm45.report.training import thin
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with one step of each kind, written by hand."""
+
+    def step(name, needs=(), finished=0):
+        folder = tmp_path / "steps" / name
+        folder.mkdir(parents=True)
+        record = {
+            "identity": "i",
+            "function": "m:f",
+            "config": {},
+            "tokens": {need: f"token-{need}" for need in needs},
+            "token": f"token-{name}",
+            "finished": finished,
+            "wall_seconds": 12.5,
+            "cpu_seconds": 20.0,
+            "peak_memory_bytes": 5e8,
+        }
+        (folder / "step.json").write_text(json.dumps(record))
+        return folder
+
+    base, rl = step("base", finished=1), step("tool-rl", ["base"], 2)
+    rows = [
+        {"step": n, "tokens": 100 * n, "stage": "general" if n < 3 else "code", "loss": 5 - n, "next_token_loss": 4 - n,
+         "learning_rate": 0.1}
+        for n in range(1, 5)
+    ]  # fmt: skip
+    events = [
+        {"event": "evaluation", "step": 4, "docs": 2.5, "mean": 2.5},
+        {"event": "alarm", "step": 4, "message": "MoE layer 1: 3 experts got no token"},
+        *({"event": "health", "step": n, "max_violation": [0.5, 0.1], "attention_logits": [3.0, 2.0]} for n in (2, 4)),
+    ]
+    (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + events))
+    (rl / "policy").mkdir()
+    rewards = [{"step": n, "reward": 0.1 * n, "response_length": 20.0, "held_out_greedy": 0.2} for n in (1, 2)]
+    (rl / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rewards))
+    evaluation = step("evaluation", ["base", "tool-rl"], 3)
+    for model, mean in (("base", 0.25), ("tool-rl", 0.75)):
+        folder = evaluation / model / "tools"
+        folder.mkdir(parents=True)
+        score = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "count": 8}
+        (folder / "result.json").write_text(json.dumps({"metrics": {"score": score}}))
+        answer = {"content": f"answer of {model}", "reasoning_content": "because"}
+        row = {"task_id": "t", "prompt": [{"role": "user", "content": "a question?"}], "message": answer}
+        (folder / "transcripts.jsonl").write_text(json.dumps({**row, "finish_reason": "stop"}) + "\n")
+    return tmp_path
+
+
+def test_the_page_holds_what_the_run_holds(run):
+    page = write_report(run).read_text()
+    for text in (
+        *("Training: base", "Reinforcement learning: tool-rl", "25.0% [15.0%, 35.0%]", "75.0% [65.0%, 85.0%]"),
+        *("answer of base", "answer of tool-rl", "a question?", "because", "3 experts got no token", "token-base"),
+        *("Loss by stage", "Held-out accuracy", "Expert balance by layer over time", "12.5", "500"),
+    ):
+        assert text in page, text
+    assert all(limit.split(":")[0] in page for limit in LIMITS)
+    assert page.index("25.0%") < page.index("75.0%"), "models come in the order of the run"
+
+
+def test_a_folder_without_steps_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished step"):
+        write_report(tmp_path)
+
+
+def test_thinning_keeps_the_mean():
+    xs, ys = thin(list(range(1000)), [float(i % 7) for i in range(1000)])
+    assert len(xs) <= 400
+    assert sum(y * n for y, n in zip(ys, [3] * 333 + [1], strict=True)) == pytest.approx(
+        sum(i % 7 for i in range(1000))
+    )

@@ -104,6 +104,17 @@ def test_malformed_bodies_are_400(client, path, body):
     assert response.json()["error"]["message"]
 
 
+def test_a_failure_leaves_the_connection_open(client, engine):
+    """After a 500 the same connection serves the next request: clients that keep it are not reset."""
+    for _ in range(20):
+        engine.fail_after = 0
+        response = client.post("/v1/chat/completions", json=CHAT)
+        assert response.status_code == 500
+        assert error_of(response)["type"] == "server_error"
+        engine.fail_after = None
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
 def test_a_form_cannot_post(client, engine):
     """Only JSON is taken, so that another site's page cannot make a browser ask."""
     response = client.post("/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": "text/plain"})

@@ -66,7 +66,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every failure is one error object."""
+    """Every failure is one error object; what nobody foresaw becomes one at the door."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -86,11 +86,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ClientLeftError)
     async def client_left(request: Request, error: ClientLeftError) -> Response:
         return Response(status_code=CLIENT_LEFT)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        failed = ApiError(500, "the server failed to answer; its log says why", kind="server_error")
-        return ErrorResponse(failed, is_anthropic(request.url.path))
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -1,6 +1,7 @@
 """The server's door: who may come in, with how large a body, and what is counted of everyone who does."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from glm45.serving.errors import ApiError, ErrorResponse, is_anthropic
 from glm45.serving.service import Service
 
+logger = logging.getLogger("glm45.serving")
 OPEN_PATHS = ("/", "/page", "/health", "/ready", "/favicon.ico")
 """Paths that need no key: the page asks for one."""
 DRAINED_BODIES = 8
@@ -50,6 +52,13 @@ class Door:
             await self.app(scope, replay, counted)
         except ApiError as error:
             await ErrorResponse(error, is_anthropic(scope["path"]))(scope, receive, counted)
+        except Exception:
+            if status:
+                raise  # too late to say anything: the connection breaks
+            # Answered here, since the framework's own handler would close the connection under the next request.
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            failed = ApiError(500, "the server failed to answer; its log says why", kind="server_error")
+            await ErrorResponse(failed, is_anthropic(scope["path"]))(scope, receive, counted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.responses[route, status] += 1

@@ -345,16 +345,18 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError("name a checkpoint, a run or a URL to evaluate")
     if not options.suite and (options.contamination or (options.model and not options.data)):
         raise ValueError("name what to evaluate: --suite NAME ..., or --data DIR for held-out perplexity")
-    suites, folder = command.read_options(options.overrides, options.preset), Path(options.out)
+    names = [word for word in options.suite if "=" not in word]
+    overrides = [*options.overrides, *(word for word in options.suite if "=" in word)]  # written after --suite's names
+    suites, folder = command.read_options(overrides, options.preset), Path(options.out)
     if options.contamination:
-        command.check_contamination(options.suite, Path(options.contamination), folder, suites)
+        command.check_contamination(names, Path(options.contamination), folder, suites)
     if options.model and options.data:
         command.measure_perplexity(options.model, options.data, options.length)
     if options.model and options.suite:
         judge = command.open_judge(options.judge, options.judge_name) if options.judge else None
         target = command.open_target(options.model, options.served_name, extensions=not options.no_extensions)
         try:
-            command.evaluate(target, options.suite, folder, suites, judge)
+            command.evaluate(target, names, folder, suites, judge)
         finally:
             target.close()
 

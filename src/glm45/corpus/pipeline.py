@@ -196,8 +196,11 @@ class AssignDataset(PipelineStep):
         """Set `bucket` and `dataset` of every document."""
         for document in data or ():
             metadata = document.metadata
-            prompt = metadata.get("prompt", document.id)
-            if metadata["kind"] != "repository" and is_held_out(prompt, self.held_out_fraction):
+            if "prompt" in metadata:  # divided as environments and evaluation divide the same prompts
+                held_out = is_held_out(metadata["prompt"])
+            else:
+                held_out = metadata["kind"] != "repository" and is_held_out(document.id, self.held_out_fraction)
+            if held_out:
                 metadata["bucket"] = "heldout"
             kind = "codeweb" if metadata["kind"] == "web" and metadata.get("code_related") else metadata["kind"]
             long = "-long" if "quality" in metadata and len(document.text) >= self.long_characters else ""

@@ -79,7 +79,7 @@ def read_documents(
         for file in read_unit(source, unit):
             identifier = f"{source.name}/{unit.package}/{file.path}"
             try:
-                text, kind, language = extract(f"{unit.package}/{file.path}", file.content, source.docstrings_only)
+                text, kind, language = extract(file.path, file.content, source.docstrings_only)
             except Skip as skip:
                 log.add(source.name, str(skip), identifier, "")
                 continue

@@ -41,7 +41,8 @@ class CorpusRecipe:
     long_characters: int = 100_000
     """Documents from this length on make datasets of their own, to be up-sampled. Not in the report."""
     held_out_fraction: float = 0.01
-    """Share of documents that is kept for evaluation as `<source>.heldout`. Not in the report."""
+    """Share of found documents that is kept for evaluation as `<source>-<kind>.heldout`; prompts are divided by the
+    project's own fraction (`data.splits`). Not in the report."""
     vocab_size: int = 8192
     """Size of the tokenizer that is trained on the corpus where none is given. Not in the report."""
     tokenizer: str = ""

@@ -25,7 +25,7 @@ from loguru import logger
 
 from glm45.config import configuration
 
-FORMAT = 1  # counted up when a step's meaning changes, so that old work is not trusted
+FORMAT = 2  # counted up when a step's meaning changes, so that old work is not trusted
 
 
 @configuration

@@ -71,7 +71,8 @@ def test_the_number_of_workers_changes_no_byte(documents, tmp_path, monkeypatch)
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
-def test_lines_that_cannot_be_read_are_counted(documents, tmp_path, trained):
+def test_lines_that_cannot_be_read_are_counted(documents, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(tokenize, "CHUNK", 60)
     bad = {
         "not JSON": ["not json", "", '{"text": "cut sho', "[" * 100_000],
         "not Unicode": ['{"text": "\\ud800"}', '{"text": "\udcff"}'],
@@ -89,6 +90,7 @@ def test_lines_that_cannot_be_read_are_counted(documents, tmp_path, trained):
         reason: len(lines) for reason, lines in bad.items()
     }
     assert entry["rejected"]["not JSON"]["examples"][0].startswith("bad.high.jsonl, line 2: Expecting value")
+    assert entry["rejected"]["unknown special token"]["examples"][0].startswith(f"bad.high.jsonl, line {len(rows)}: ")
 
 
 def test_special_tokens_are_placed_only_where_the_document_says_so(documents, tmp_path, trained):

@@ -55,6 +55,11 @@ def test_every_character_between_others_is_encoded_as_by_the_tokenizer(encoder):
     assert encode(encoder, text) == encoder.tokenizer.encode(text)
 
 
+def test_letters_beyond_the_basic_plane_belong_to_words(encoder):
+    """Merges span them: a splitter that took them for symbols would give other ids."""
+    assert encode(encoder, "x𝔸𝔸x 𝔸b") == encoder.tokenizer.encode("x𝔸𝔸x 𝔸b")
+
+
 @pytest.mark.parametrize("text", SPECIAL_TOKENS)
 def test_text_that_spells_a_special_token_stays_text(encoder, text):
     assert not set(encode(encoder, f"a {text} b")) & set(encoder.tokenizer.special_tokens)

@@ -70,7 +70,7 @@ TESTS = ("test/*", "tests/*", "*/test/*", "*/tests/*", "*/testing/*", "*/idle_te
 LARGE_TESTS = ("django/tests/*", "sqlalchemy/test/*", "networkx/*/tests/*", "pytest/testing/*", "scrapy/tests/*")
 CARRIED_ALONG = ("*.min.js", "*/locale/*", "*/vendor/*", "*/_vendor/*")
 DEMO_PACKAGES = (
-    *("attrs", "click", "django", "docutils", "flask", "networkx", "pyramid", "pytest", "scrapy", "sphinx"),
+    *("click", "django", "docutils", "flask", "networkx", "pyramid", "pytest", "scrapy", "sphinx"),
     *("sqlalchemy", "werkzeug"),
 )
 

@@ -17,6 +17,7 @@ CORPUS = [
     "def f(x):\n    return x + 12\n" * 3,
     "It's the cat's pyjamas, they'll SAY it's 1984!\r\n\r\n  ok",
     "猫が好きです。" * 3,
+    "x𝔸𝔸x 𝔸b𝔸b " * 60,
 ]
 
 

@@ -91,6 +91,7 @@ async def one_answer(host: str, port: int, number: int, measured: Measured) -> N
             "messages": [{"role": "user", "content": f"{PROMPT}{number}"}],
             "max_tokens": random.randint(*OUTPUT_TOKENS),
             "ignore_eos": True,
+            "return_token_ids": True,  # an event for every token: a random model also opens calls, which show nothing
             "stream": True,
             "stream_options": {"include_usage": True},
             "chat_template_kwargs": {"enable_thinking": False},
@@ -106,7 +107,7 @@ async def one_answer(host: str, port: int, number: int, measured: Measured) -> N
             measured.num_tokens += json.loads(line[6:])["usage"]["completion_tokens"]
         elif line.startswith(b'data: {"error"') or (b"HTTP/1.1 " in line and b" 200 " not in line):
             measured.errors.append(line.decode().strip())
-        elif b'"content":"' in line and b'"role"' not in line:
+        elif b'"token_ids":[' in line:
             now = time.perf_counter()
             (measured.first_token if is_first else measured.inter_token).append(now - last)
             is_first, last = False, now

@@ -5,141 +5,23 @@
 //
 // Every output element is one chain of additions whose order depends on the weights' shape alone: results are bitwise
 // equal for any batch, any chunk of a prompt and any number of threads. Weights are packed in panels of 64 outputs
-// (see `kernels/decode.py`), so that a product is an outer product per input: no horizontal sums, and one row streams
+// (see `panels.h`), so that a product is an outer product per input: no horizontal sums, and one row streams
 // through the weights at the speed of memory.
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <atomic>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "common.h"
+#include "panels.h"
+#include "pool.h"
+#include "sampling.h"
 
 namespace {
 
-constexpr int64_t PANEL = 64;                 // outputs that are computed together
-constexpr int64_t VECTORS = PANEL / LANES;    // registers that hold them
 constexpr int64_t SLOTS = LANES;              // tokens of a cache block
 constexpr int64_t CHUNK_ROWS = 48;            // rows that one task multiplies with one panel
-#if defined(__AVX512F__)
-constexpr int TILE_ROWS = 6;                  // 24 accumulators, 4 weights, 1 input: what 32 registers hold
-#else
-constexpr int TILE_ROWS = 1;
-#endif
-
-// ---------------------------------------------------------------------------------------------------- threads
-
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    std::this_thread::yield();
-#endif
-}
-
-// A number that threads wait on: they look at it for some microseconds, then sleep, so that a waiting thread does
-// not take a core from another process.
-struct Signal {
-    std::atomic<uint32_t> value{0};
-    std::atomic<int> sleepers{0};
-
-    void wait_past(uint32_t old) {
-        for (int look = 0; look < 600; ++look) {
-            if (value.load(std::memory_order_acquire) != old) return;
-            relax();
-        }
-        sleepers.fetch_add(1);
-        while (value.load() == old)
-            syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
-        sleepers.fetch_sub(1);
-    }
-
-    void advance() {
-        value.fetch_add(1);
-        if (sleepers.load())
-            syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-    }
-};
-
-class Pool {
-  public:
-    explicit Pool(int count) : count_(count) {
-        for (int thread = 1; thread < count; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
-    }
-
-    ~Pool() {
-        stop_ = true;
-        start_.advance();
-        for (auto& worker : workers_) worker.join();
-    }
-
-    int size() const { return count_; }
-
-    // Runs body(thread) on every thread and returns when all are done.
-    template <class Body>
-    void run(const Body& body) {
-        next_ = 0;
-        job_ = [&body](int thread) { body(thread); };
-        if (count_ > 1) start_.advance();
-        body(0);
-        barrier();
-    }
-
-    // Within run: returns when every thread is here. The last to arrive restarts the count of tasks.
-    void barrier() {
-        if (count_ == 1) {
-            next_.store(0, std::memory_order_relaxed);
-            return;
-        }
-        uint32_t old = passed_.value.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1) + 1 == count_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
-            passed_.advance();
-        } else {
-            passed_.wait_past(old);
-        }
-    }
-
-    // Within run: every thread takes tasks 0..count-1 in turn until none is left, then waits for the others.
-    template <class Body>
-    void tasks(int64_t count, const Body& body) {
-        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
-        barrier();
-    }
-
-  private:
-    void serve(int thread) {
-        for (uint32_t seen = 0;;) {
-            start_.wait_past(seen);
-            ++seen;
-            if (stop_) return;
-            job_(thread);
-            barrier();
-        }
-    }
-
-    int count_;
-    std::vector<std::thread> workers_;
-    Signal start_, passed_;
-    std::atomic<int> arrived_{0};
-    std::atomic<int64_t> next_{0};
-    std::atomic<bool> stop_{false};
-    std::function<void(int)> job_;
-};
-
-// ---------------------------------------------------------------------------------------------------- shapes
 
 // Filled by kernels/decode.py: every field is eight bytes.
 struct Shape {
@@ -175,88 +57,6 @@ struct Rows {
 
     int64_t block_of(int64_t row, int64_t slot) const { return blocks[block_starts[sequence[row]] + slot / SLOTS]; }
 };
-
-inline int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
-inline int64_t padded(int64_t outputs) { return panels(outputs) * PANEL; }
-inline int64_t gated_panels(int64_t width) { return (width + PANEL / 2 - 1) / (PANEL / 2); }
-inline int64_t gated_padded(int64_t width) { return gated_panels(width) * PANEL / 2; }
-
-template <class T>
-inline int64_t panel_size(int64_t inputs) {  // elements; bf16 inputs go in pairs
-    return PANEL * (sizeof(T) == 2 ? (inputs + 1) / 2 * 2 : inputs);
-}
-
-// ---------------------------------------------------------------------------------------------------- products
-
-// Sums are kept in locals: through a reference they would be written to memory at every step.
-template <int ROWS>
-inline void multiply(const float* const* rows, const float* panel, int64_t inputs, floats (&out)[ROWS][VECTORS]) {
-    const float* x[ROWS];
-    floats sums[ROWS][VECTORS] = {};
-    for (int r = 0; r < ROWS; ++r) x[r] = rows[r];
-    for (int64_t i = 0; i < inputs; ++i, panel += PANEL) {
-        floats w[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + v * LANES);
-        for (int r = 0; r < ROWS; ++r) {
-            floats value = broadcast(x[r][i]);
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] += value * w[v];
-        }
-    }
-    std::memcpy(&out, &sums, sizeof sums);
-}
-
-#if defined(__AVX512BF16__)
-template <int ROWS>
-inline void multiply(const bfloat16* const* rows, const bfloat16* panel, int64_t inputs,
-                     floats (&out)[ROWS][VECTORS]) {
-    const int32_t* x[ROWS];
-    __m512 sums[ROWS][VECTORS] = {};
-    for (int r = 0; r < ROWS; ++r) x[r] = reinterpret_cast<const int32_t*>(rows[r]);
-    for (int64_t i = 0; i < (inputs + 1) / 2; ++i, panel += 2 * PANEL) {
-        __m512bh w[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) w[v] = (__m512bh)_mm512_loadu_si512(panel + 2 * v * LANES);
-        for (int r = 0; r < ROWS; ++r) {
-            __m512bh value = (__m512bh)_mm512_set1_epi32(x[r][i]);
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], value, w[v]);
-        }
-    }
-    std::memcpy(&out, &sums, sizeof sums);
-}
-#endif
-
-// Calls use(row, sums) for each of `count` rows times one panel.
-template <int ROWS, class T, class Use>
-inline void tile(const T* const* rows, int64_t first, const T* panel, int64_t inputs, const Use& use) {
-    floats sums[ROWS][VECTORS];
-    multiply<ROWS>(rows + first, panel, inputs, sums);
-    for (int r = 0; r < ROWS; ++r) use(first + r, sums[r]);
-}
-
-template <class T, class Use>
-inline void product(const T* const* rows, int64_t count, const T* panel, int64_t inputs, const Use& use) {
-    int64_t first = 0;
-    for (; first + TILE_ROWS <= count; first += TILE_ROWS) tile<TILE_ROWS>(rows, first, panel, inputs, use);
-    switch (count - first) {
-        case 5: tile<5>(rows, first, panel, inputs, use); break;
-        case 4: tile<4>(rows, first, panel, inputs, use); break;
-        case 3: tile<3>(rows, first, panel, inputs, use); break;
-        case 2: tile<2>(rows, first, panel, inputs, use); break;
-        case 1: tile<1>(rows, first, panel, inputs, use); break;
-        default: break;
-    }
-}
-
-template <class Out>
-inline void store_panel(Out* out, const floats (&sums)[VECTORS]) {
-    for (int v = 0; v < VECTORS; ++v) store(out + v * LANES, sums[v]);
-}
-
-template <class Out>
-inline void store_gated(Out* out, const floats (&sums)[VECTORS]) {  // the panel's first half gates its second
-    for (int v = 0; v < VECTORS / 2; ++v) store(out + v * LANES, sums[v] * sigmoid(sums[v]) * sums[v + VECTORS / 2]);
-}
-
-// ---------------------------------------------------------------------------------------------------- rows
 
 inline float mean_square(const float* x, int64_t size) {
     floats squares{};
@@ -380,8 +180,6 @@ void route(const Shape& s, const Layer& layer, const float* x, float* scratch, i
     const float scale = static_cast<float>(s.routed_scale) / (s.norm_top_k ? total + 1e-20f : 1.0f);
     for (int64_t k = 0; k < s.top_k; ++k) weights[k] *= scale;
 }
-
-// ---------------------------------------------------------------------------------------------------- the step
 
 template <class X>
 struct Buffer {  // grows and never shrinks; contents are not kept
@@ -714,103 +512,6 @@ void head(Pool& pool, Workspace<T>& w, const Shape& s, const float* hidden, cons
                         store_panel(logits + (first + i) * stride + panel * PANEL, sums);
                     });
         });
-    });
-}
-
-// ---------------------------------------------------------------------------------------------------- sampling
-
-inline uint64_t mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
-
-// The same number as `engine.sampling.uniforms`, stream 0.
-inline double uniform(uint64_t seed, uint64_t position) {
-    uint64_t state = mix(mix(seed ^ 0x9E3779B97F4A7C15ull) + position * 0x9E3779B97F4A7C15ull);
-    return static_cast<double>(state >> 11) * 0x1p-53;
-}
-
-// Draws from softmax(logits / temperature) by inverting the cumulative distribution; temperature 0 is greedy.
-void sample_row(const float* logits, int64_t vocab, float temperature, uint64_t seed, uint64_t position,
-                float* weights, int32_t* token, float* logprob) {
-    const float inverse = temperature == 0 ? 1.0f : 1.0f / temperature;
-    int64_t best = 0;
-    for (int64_t i = 1; i < vocab; ++i)
-        if (logits[i] > logits[best]) best = i;
-    const float highest = logits[best];
-    double total = 0;
-    std::vector<double> block_sums;
-    block_sums.reserve(vocab / PANEL + 1);
-    for (int64_t i = 0; i < vocab; i += PANEL) {
-        floats block{};
-        for (int64_t j = i; j < i + PANEL && j < vocab; j += LANES) {
-            floats x = load(logits + j);
-            if (j + LANES > vocab)
-                for (int64_t lane = vocab - j; lane < LANES; ++lane) x[lane] = -std::numeric_limits<float>::infinity();
-            x = (x - highest) * inverse;
-            floats weight = x < -87.0f ? floats{} : exponential(x);
-            store(weights + j, weight);
-            block += weight;
-        }
-        block_sums.push_back(sum(block));
-        total += block_sums.back();
-    }
-    int64_t drawn = best;
-    if (temperature != 0) {
-        double left = uniform(seed, position) * total;
-        size_t block = 0;
-        while (block + 1 < block_sums.size() && left >= block_sums[block]) left -= block_sums[block++];
-        for (int64_t i = block * PANEL; i < vocab && i < static_cast<int64_t>(block + 1) * PANEL; ++i) {
-            if (weights[i] > 0) drawn = i;
-            if (left < weights[i]) break;
-            left -= weights[i];
-        }
-    }
-    *token = static_cast<int32_t>(drawn);
-    *logprob = (logits[drawn] - highest) * inverse - static_cast<float>(std::log(total));
-}
-
-// ---------------------------------------------------------------------------------------------------- packing
-
-template <class T>
-inline T narrow(float value);
-template <>
-inline float narrow<float>(float value) {
-    return value;
-}
-template <>
-inline bfloat16 narrow<bfloat16>(float value) {
-    bfloat16 out[LANES];
-    store(out, broadcast(value));
-    return out[0];
-}
-
-// weight [outputs, inputs] -> panels of 64 outputs, inputs outermost (in pairs for bf16); `row_of` says which row of
-// the weight is output o of a panel, or -1 for padding.
-template <class T, class RowOf>
-void pack(const float* weight, int64_t inputs, int64_t num_panels, T* packed, const RowOf& row_of) {
-    constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
-    for (int64_t panel = 0; panel < num_panels; ++panel, packed += panel_size<T>(inputs))
-        for (int64_t o = 0; o < PANEL; ++o) {
-            const int64_t row = row_of(panel, o);
-            for (int64_t i = 0; i < (inputs + PAIR - 1) / PAIR * PAIR; ++i)
-                packed[(i / PAIR * PANEL + o) * PAIR + i % PAIR] =
-                    narrow<T>(row < 0 || i >= inputs ? 0.0f : weight[row * inputs + i]);
-        }
-}
-
-template <class T>
-void pack_weight(const float* weight, int64_t outputs, int64_t inputs, int64_t gated, T* packed) {
-    if (!gated) {
-        pack(weight, inputs, panels(outputs), packed,
-             [&](int64_t panel, int64_t o) { return panel * PANEL + o < outputs ? panel * PANEL + o : -1; });
-        return;
-    }
-    const int64_t width = outputs / 2, half = PANEL / 2;  // gate rows first, then up rows
-    pack(weight, inputs, gated_panels(width), packed, [&](int64_t panel, int64_t o) {
-        const int64_t i = panel * half + o % half;
-        return i < width ? i + o / half * width : -1;
     });
 }
 

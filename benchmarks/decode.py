@@ -197,8 +197,8 @@ def predictable_model() -> tuple[Any, list[int]]:
 
     model = Glm45(tiny(num_mtp_layers=1))
     cycle = torch.randperm(4096, generator=torch.Generator().manual_seed(1))[:64]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(120):
         starts = torch.randint(0, 64, (8, 1), generator=torch.Generator().manual_seed(step))
         tokens = cycle[(starts + torch.arange(48)) % 64]
         output = model(tokens, mtp=True)

@@ -1,4 +1,4 @@
-"""What all tests share: property tests without a clock, and the same examples at every run of continuous integration."""
+"""What all tests share: property tests without a clock, with the same examples in continuous integration."""
 
 import os
 

@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from glm45.training.run import Run
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "glm45.training.loop", "torch.utils.tensorboard"])
+NUM_STEPS = 24
+"""Of the toy recipe."""
 
 
 def final_weights(model):
@@ -40,50 +42,68 @@ def assert_same_run(folder, expected_folder, weights):
 
 @pytest.fixture(scope="module")
 def uninterrupted(toy_recipe_factory, tmp_path_factory):
-    """A whole run in one go, its weights, and its duration."""
+    """A whole run in one go, and its weights."""
     folder = tmp_path_factory.mktemp("whole")
-    begun = time.monotonic()
-    weights = final_weights(train(Run.open(folder, toy_recipe_factory())))
-    return folder, weights, time.monotonic() - begun
+    return folder, final_weights(train(Run.open(folder, toy_recipe_factory())))
 
 
-def killed_and_resumed(folder, recipe, seed, duration):
-    """Run to the end through SIGKILLs at random moments; return how often it was killed and how often in a save."""
+def train_until_killed(run, step, delay):
+    """Train, and be killed with SIGKILL `delay` seconds after `step` began; a step of -1 is the start of the run.
+
+    The moment follows the run's progress, not a clock that was started outside: a kill falls where it should however
+    fast the machine is, and one that comes too late hits a process that has finished.
+    """
+    killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+    original = loop.train_step
+
+    def step_with_a_killer(state, rows):
+        if state.step >= step and killer.ident is None:
+            killer.start()
+        return original(state, rows)
+
+    loop.train_step = step_with_a_killer
+    if step < 0:
+        killer.start()
+    train(run)
+    if killer.ident is not None:
+        killer.join()
+
+
+def killed_and_resumed(folder, recipe, seed):
+    """Run to the end through one to three SIGKILLs at random moments; return their number and how many hit a save."""
     draw = random.Random(seed)
-    kills = kills_in_save = 0
-    while True:
-        process = SERVER.Process(target=train, args=(Run.open(folder, recipe),))
+    num_kills = draw.randint(1, 3)
+    kills_in_save = 0
+    moments = sorted((draw.randint(-1, NUM_STEPS - 2), draw.uniform(0.0, 0.06)) for _ in range(num_kills))
+    for step, delay in moments:
+        process = SERVER.Process(target=train_until_killed, args=(Run.open(folder, recipe), step, delay))
         process.start()
-        # The last attempts are left alone, or a run shorter than its start could go on for ever.
-        process.join(draw.uniform(0.05, 0.9) * duration if kills < 5 else None)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-            kills_in_save += bool(list(folder.glob("checkpoints/*.partial")))
-        elif process.exitcode == 0:
-            return kills, kills_in_save
-        else:
-            pytest.fail(f"the run failed with {process.exitcode}")
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, process.exitcode
+        kills_in_save += bool(list(folder.glob("checkpoints/*.partial")))
+    process = SERVER.Process(target=train, args=(Run.open(folder, recipe),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, process.exitcode
+    return num_kills, kills_in_save
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_runs_equal_the_uninterrupted_one(seed, toy_recipe, tmp_path, uninterrupted):
-    expected_folder, weights, duration = uninterrupted
-    kills, _ = killed_and_resumed(tmp_path, toy_recipe(), seed, duration)
-    assert kills > 0
+    expected_folder, weights = uninterrupted
+    killed_and_resumed(tmp_path, toy_recipe(), seed)
     assert_same_run(tmp_path, expected_folder, weights)
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_twenty_killed_runs_equal_the_uninterrupted_one(toy_recipe, tmp_path, uninterrupted):
-    expected_folder, weights, duration = uninterrupted
+    expected_folder, weights = uninterrupted
     all_kills = all_in_save = 0
     for seed in range(20):
         folder = tmp_path / str(seed)
-        kills, in_save = killed_and_resumed(folder, toy_recipe(), 100 + seed, duration)
+        kills, in_save = killed_and_resumed(folder, toy_recipe(), 100 + seed)
         all_kills, all_in_save = all_kills + kills, all_in_save + in_save
         assert_same_run(folder, expected_folder, weights)
     print(f"20 runs, {all_kills} kills, {all_in_save} of them in the middle of a save: all equal")
@@ -93,7 +113,7 @@ def test_twenty_killed_runs_equal_the_uninterrupted_one(toy_recipe, tmp_path, un
 @pytest.mark.slow
 def test_resuming_in_every_stage_is_bit_equal(toy_recipe, tmp_path, uninterrupted, monkeypatch):
     """A stop and a start in each stage, with the changed batch size, sequence length and RoPE base."""
-    expected_folder, weights, _ = uninterrupted
+    expected_folder, weights = uninterrupted
 
     original = loop.train_step
     for limit in (4, 7, 19):
@@ -131,14 +151,14 @@ def test_sigterm_saves_and_says_how_to_go_on(toy_recipe, toy_data, tmp_path, uni
     assert "stopped at step 5" in done.stdout
     assert f"Go on with: glm45 train toy --run {tmp_path}" in done.stdout
     assert committed_steps(tmp_path / "checkpoints")[-1] == 5
-    expected_folder, weights, _ = uninterrupted
+    expected_folder, weights = uninterrupted
     train(Run.open(tmp_path, recipe))
     assert_same_run(tmp_path, expected_folder, weights)
 
 
 @pytest.mark.slow
 def test_a_flipped_byte_is_refused_and_the_checkpoint_before_used(toy_recipe, tmp_path, uninterrupted, capsys):
-    expected_folder, _, _ = uninterrupted
+    expected_folder, _ = uninterrupted
     train(Run.open(tmp_path, toy_recipe()))
     steps = committed_steps(tmp_path / "checkpoints")
     damaged = next(path_of(tmp_path / "checkpoints", steps[-1]).glob("*.safetensors"))

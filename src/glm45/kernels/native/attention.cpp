@@ -11,37 +11,39 @@ namespace {
 
 constexpr int64_t ROWS = 8;     // queries multiplied together
 constexpr int64_t PANEL = 64;   // queries whose scores the backward pass holds at a time
-constexpr int64_t COLUMNS = 32; // key columns multiplied together: two vectors
+constexpr int64_t COLUMNS = 2 * LANES; // key columns multiplied together
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// C[ROWS, VECTORS * 16] (+)= A[ROWS, begin:end] B[begin:end, VECTORS * 16]; A may be strided either way.
+// C (+)= A[:, begin:end] B[begin:end, :] for PRODUCT_ROWS rows and VECTORS * LANES columns; A may be strided either way.
 template <int VECTORS, bool ADD>
 inline void multiply_tile(const float* A, int64_t a_row, int64_t a_inner, const float* B, int64_t b_row, float* C,
                           int64_t c_row, int64_t begin, int64_t end) {
-    floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
+    floats sums[PRODUCT_ROWS][VECTORS];
+    for (int r = 0; r < PRODUCT_ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = ADD ? load(C + r * c_row + v * LANES) : floats{};
     for (int64_t i = begin; i < end; ++i) {
         floats b[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) b[v] = load(B + i * b_row + v * LANES);
-        for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) b[v] = in_register(load(B + i * b_row + v * LANES));
+        for (int r = 0; r < PRODUCT_ROWS; ++r) {
             floats a = broadcast(A[r * a_row + i * a_inner]);
             for (int v = 0; v < VECTORS; ++v) sums[r][v] += a * b[v];
         }
     }
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < PRODUCT_ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) store(C + r * c_row + v * LANES, sums[r][v]);
 }
 
-// The same over `width` columns, a multiple of 16.
+// The same over ROWS rows and `width` columns, a multiple of LANES.
 template <bool ADD>
 void multiply(const float* A, int64_t a_row, int64_t a_inner, const float* B, int64_t b_row, float* C, int64_t c_row,
               int64_t begin, int64_t end, int64_t width) {
-    int64_t column = 0;
-    for (; column + 2 * LANES <= width; column += 2 * LANES)
-        multiply_tile<2, ADD>(A, a_row, a_inner, B + column, b_row, C + column, c_row, begin, end);
-    if (column < width) multiply_tile<1, ADD>(A, a_row, a_inner, B + column, b_row, C + column, c_row, begin, end);
+    for (int64_t r = 0; r < ROWS; r += PRODUCT_ROWS, A += PRODUCT_ROWS * a_row, C += PRODUCT_ROWS * c_row) {
+        int64_t column = 0;
+        for (; column + 2 * LANES <= width; column += 2 * LANES)
+            multiply_tile<2, ADD>(A, a_row, a_inner, B + column, b_row, C + column, c_row, begin, end);
+        if (column < width) multiply_tile<1, ADD>(A, a_row, a_inner, B + column, b_row, C + column, c_row, begin, end);
+    }
 }
 
 // One head as fp32, [T, D] with rows padded by zeros, and its transpose [D, padded T].
@@ -77,8 +79,7 @@ inline void document_starts(const int64_t* document_ids, int64_t T, std::vector<
 
 // Lanes of the columns j, j + 1, ... that lie within [low, high].
 inline ints within(int64_t j, int64_t low, int64_t high) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    ints column = lane + (int32_t)j;
+    ints column = lane_numbers() + (int32_t)j;
     return (column >= (int32_t)low) & (column <= (int32_t)high);
 }
 

@@ -1,7 +1,7 @@
-// What every native kernel shares: sixteen-lane vectors, bfloat16, exponentials, a parallel loop.
+// What every native kernel shares: vectors, bfloat16, exponentials, a parallel loop.
 //
-// Vectors are GCC's generic ones: they compile on any processor and map to one register under AVX-512. Sums are in
-// fp32 whatever the storage type. Nothing here depends on torch: the interface is plain C over raw pointers.
+// Vectors are GCC's generic ones, as wide as a register: what is wider is kept in memory, several times as slow. Sums
+// are in fp32 whatever the storage type. Nothing here depends on torch: the interface is plain C over raw pointers.
 #pragma once
 
 #ifdef __AVX512F__
@@ -15,23 +15,46 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t LANES = 16;
+// Lanes of a register, and rows of a tile of a product: two vectors a row, as many sums as registers hold.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, PRODUCT_ROWS = 8;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, PRODUCT_ROWS = 4;
+#else
+constexpr int64_t LANES = 4, PRODUCT_ROWS = 4;
+#endif
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef float loose_floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t loose_halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef float loose_floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 struct bfloat16 {
     uint16_t bits;
 };
 
+inline ints lane_numbers() {
+    ints numbers;
+    for (int32_t lane = 0; lane < LANES; ++lane) numbers[lane] = lane;
+    return numbers;
+}
+
 inline floats broadcast(float value) { return value - floats{}; }  // x - 0 is exactly x, and folds away
 
 inline floats load(const float* p) { return *reinterpret_cast<const loose_floats*>(p); }
 inline void store(float* p, floats v) { *reinterpret_cast<loose_floats*>(p) = v; }
+
+// A vector that several products share: without this, GCC reads it from memory again for each of them.
+inline floats in_register(floats v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__SSE__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
 
 inline floats load(const bfloat16* p) {
     halves bits = *reinterpret_cast<const loose_halves*>(p);
@@ -105,7 +128,7 @@ inline floats exponential(floats x) {
 
 inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// One step of transposing 16 x 16: swaps the off-diagonal blocks of size STEP of every 2 STEP x 2 STEP block.
+// One step of transposing LANES x LANES: swaps the off-diagonal blocks of size STEP of every 2 STEP x 2 STEP block.
 template <int STEP>
 inline void exchange(floats* tile) {
     ints upper, lower;
@@ -122,8 +145,8 @@ inline void exchange(floats* tile) {
 }
 
 inline void transpose_tile(floats* tile) {
-    exchange<8>(tile);
-    exchange<4>(tile);
+    if constexpr (LANES > 8) exchange<8>(tile);
+    if constexpr (LANES > 4) exchange<4>(tile);
     exchange<2>(tile);
     exchange<1>(tile);
 }

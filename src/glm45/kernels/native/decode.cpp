@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr int64_t SLOTS = LANES;              // tokens of a cache block
+constexpr int64_t SLOTS = 16;                 // tokens of a cache block
 constexpr int64_t CHUNK_ROWS = 48;            // rows that one task multiplies with one panel
 
 // Filled by kernels/decode.py: every field is eight bytes.
@@ -105,32 +105,32 @@ void finish_group(const Shape& s, const Layer& layer, const Rows& rows, int64_t 
 }
 
 // One row, one query head over its whole context; scores is scratch of a context's length.
-template <int HEAD_VECTORS, class Out>
+template <int HEAD, class Out>
 void attend(const Shape& s, const Layer& layer, const Rows& rows, int64_t row, int64_t group, const float* query,
             float* scores, Out* out) {
-    constexpr int64_t HEAD = HEAD_VECTORS * LANES;
-    const int64_t context = rows.slots[row] + 1, num_blocks = (context + SLOTS - 1) / SLOTS;
+    constexpr int HEAD_VECTORS = HEAD / LANES;
+    const int64_t context = rows.slots[row] + 1;
     const floats lowest = broadcast(-std::numeric_limits<float>::infinity());
-    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     floats best = lowest;
-    for (int64_t b = 0; b < num_blocks; ++b) {
-        const float* keys = layer.keys + (rows.block_of(row, b * SLOTS) * s.groups + group) * HEAD * SLOTS;
+    for (int64_t slot = 0; slot < context; slot += LANES) {
+        const int64_t block = rows.block_of(row, slot) * s.groups + group;
+        const float* keys = layer.keys + block * HEAD * SLOTS + slot % SLOTS;
         floats parts[4] = {};
         for (int64_t i = 0; i < HEAD; i += 4)
             for (int p = 0; p < 4; ++p) parts[p] += load(keys + (i + p) * SLOTS) * query[i + p];
         floats score = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-        ints slots = lanes + static_cast<int32_t>(b * SLOTS);
+        ints slots = lane_numbers() + static_cast<int32_t>(slot);
         score = slots < static_cast<int32_t>(context) ? score : lowest;
         score = slots >= static_cast<int32_t>(rows.first_slot) ? score : lowest;
-        store(scores + b * SLOTS, score);
+        store(scores + slot, score);
         best = maximum(best, score);
     }
     const float highest = maximum(best);
     floats total{};
-    for (int64_t b = 0; b < num_blocks; ++b) {
-        floats score = load(scores + b * SLOTS);
+    for (int64_t slot = 0; slot < context; slot += LANES) {
+        floats score = load(scores + slot);
         floats weight = score == lowest ? floats{} : exponential(score - highest);
-        store(scores + b * SLOTS, weight);
+        store(scores + slot, weight);
         total += weight;
     }
     const float inverse = 1.0f / sum(total);
@@ -150,10 +150,10 @@ void attend_group(const Shape& s, const Layer& layer, const Rows& rows, int64_t 
         const float* query = queries + head * s.head_dim;
         Out* result = out + head * s.head_dim;
         switch (s.head_dim) {
-            case 16: attend<1>(s, layer, rows, row, group, query, scores, result); break;
-            case 32: attend<2>(s, layer, rows, row, group, query, scores, result); break;
-            case 64: attend<4>(s, layer, rows, row, group, query, scores, result); break;
-            case 128: attend<8>(s, layer, rows, row, group, query, scores, result); break;
+            case 16: attend<16>(s, layer, rows, row, group, query, scores, result); break;
+            case 32: attend<32>(s, layer, rows, row, group, query, scores, result); break;
+            case 64: attend<64>(s, layer, rows, row, group, query, scores, result); break;
+            case 128: attend<128>(s, layer, rows, row, group, query, scores, result); break;
             default: __builtin_trap();  // kernels/decode.py refuses other sizes
         }
     }

@@ -1,7 +1,7 @@
 // C (+)= A B for operands of mixed types and any strides, with a choice of arithmetic unit.
 //
-// M x K times K x N. Operands are packed, as fp32, into strips of 16 rows of A or columns of B, [K][16]; a tile of 8
-// rows and a few strips of B then runs over the whole of K in registers. Two units:
+// M x K times K x N. Operands are packed, as fp32, into strips of LANES rows of A or columns of B, [K][LANES]; a tile
+// of PRODUCT_ROWS rows and two strips of B then runs over the whole of K in registers. Two units:
 //   fp32   multiply-add in fp32: exact for bf16 operands. For processors whose bf16 products are slower than that.
 //   fp16   AVX512-FP16, twice as fast again: each row of A and column of B is scaled by a power of two into fp16's
 //          range, products are summed in fp16 over 32 terms at most and from there in fp32. Eleven bits of mantissa
@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr int64_t ROWS = 8;             // rows of A in a tile
 constexpr int64_t BLOCK_BYTES = 1 << 20; // of packed B, to stay in a core's second-level cache
 constexpr int64_t K_BLOCK = 512;        // terms of a sum taken together where C is fp32
 constexpr int64_t CHUNK = 32;           // products summed in fp16
@@ -29,7 +28,7 @@ struct Operand {
         : data(data), row_stride(row_stride), k_stride(k_stride), rows(rows) {}
 };
 
-// Packs rows [row, row + 16) as [K][16], zeros past the last one, and returns each row's largest magnitude.
+// Packs rows [row, row + LANES) as [K][LANES], zeros past the last one, and returns each row's largest magnitude.
 template <class T>
 floats pack(const Operand<T>& x, int64_t row, int64_t K, float* strip) {
     floats largest = {};
@@ -98,17 +97,17 @@ void finish(const float* tile, int64_t tile_stride, const Target<T>& C, int64_t 
 
 // --- fp32 -----------------------------------------------------------------------------------------------------------
 
-// tile[8][VECTORS * 16] = A strip's rows [0, 8) times VECTORS strips of B.
+// tile[PRODUCT_ROWS][VECTORS * LANES] = the first rows of A's strip times VECTORS strips of B.
 template <int VECTORS>
 void multiply_fp32(const float* A, const float* B, int64_t K, float* tile) {
-    floats sums[ROWS][VECTORS] = {};
+    floats sums[PRODUCT_ROWS][VECTORS] = {};
     for (int64_t k = 0; k < K; ++k) {
         floats b[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) b[v] = load(B + (v * K + k) * LANES);
-        for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) b[v] = in_register(load(B + (v * K + k) * LANES));
+        for (int r = 0; r < PRODUCT_ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) sums[r][v] += broadcast(A[k * LANES + r]) * b[v];
     }
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < PRODUCT_ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) store(tile + (r * VECTORS + v) * LANES, sums[r][v]);
 }
 
@@ -116,7 +115,7 @@ template <class TA, class TB, class TC>
 void matmul_fp32(const Operand<TA>& A, const Operand<TB>& B, const Target<TC>& C, int64_t K) {
     int64_t block = std::max(2 * LANES, BLOCK_BYTES / 4 / K / (2 * LANES) * (2 * LANES));
     std::vector<float> a(K * LANES), b(K * std::min(block, round_up(B.rows, LANES)));
-    float tile[ROWS * 2 * LANES];
+    float tile[PRODUCT_ROWS * 2 * LANES];
     for (int64_t start = 0; start < B.rows; start += block) {
         int64_t stop = std::min(start + block, B.rows);
         for (int64_t n = start; n < stop; n += LANES) pack(B, n, K, &b[(n - start) * K]);
@@ -124,11 +123,11 @@ void matmul_fp32(const Operand<TA>& A, const Operand<TB>& B, const Target<TC>& C
             pack(A, m, K, a.data());
             for (int64_t n = start; n < stop; n += 2 * LANES) {
                 bool both = stop - n > LANES;
-                for (int64_t half = 0; half < LANES && m + half < A.rows; half += ROWS) {
+                for (int64_t half = 0; half < LANES && m + half < A.rows; half += PRODUCT_ROWS) {
                     auto multiply = both ? multiply_fp32<2> : multiply_fp32<1>;
                     multiply(&a[half], &b[(n - start) * K], K, tile);
                     int64_t row = m + half;
-                    finish(tile, both ? 2 * LANES : LANES, C, row, n, std::min(ROWS, A.rows - row),
+                    finish(tile, both ? 2 * LANES : LANES, C, row, n, std::min(PRODUCT_ROWS, A.rows - row),
                            std::min(2 * LANES, stop - n), nullptr, nullptr);
                 }
             }
@@ -185,21 +184,21 @@ inline floats second_half(wide x) {
     return (floats)_mm512_cvtxph_ps((__m256h)_mm512_extractf64x4_pd((__m512d)x, 1));
 }
 
-// tile[8][VECTORS * 32] = rows [0, 8) of A's strip times VECTORS double strips of B.
+// tile[PRODUCT_ROWS][VECTORS * 32] = the first rows of A's strip times VECTORS double strips of B.
 template <int VECTORS>
 void multiply_fp16(const uint32_t* A, const _Float16* B, int64_t K, float* tile) {
     for (int64_t chunk = 0; chunk < K; chunk += CHUNK) {
-        wide sums[ROWS][VECTORS] = {};
+        wide sums[PRODUCT_ROWS][VECTORS] = {};
         int64_t stop = std::min(chunk + CHUNK, K);
         for (int64_t k = chunk; k < stop; ++k) {
             wide b[VECTORS];
             for (int v = 0; v < VECTORS; ++v) std::memcpy(&b[v], B + (v * K + k) * WIDE, sizeof b[v]);
-            for (int r = 0; r < ROWS; ++r) {
+            for (int r = 0; r < PRODUCT_ROWS; ++r) {
                 wide a = (wide)(words{} + A[k * LANES + r]);
                 for (int v = 0; v < VECTORS; ++v) sums[r][v] += a * b[v];
             }
         }
-        for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < PRODUCT_ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) {
                 float* to = tile + (r * VECTORS + v) * WIDE;
                 floats low = first_half(sums[r][v]), high = second_half(sums[r][v]);
@@ -216,7 +215,7 @@ void matmul_fp16(const Operand<TA>& A, const Operand<TB>& B, const Target<TC>& C
     std::vector<float> strip(K * LANES), column_scales(held);
     std::vector<uint32_t> a(K * LANES);
     std::vector<_Float16> b(K * held);
-    float tile[ROWS * 2 * WIDE], row_scales[LANES];
+    float tile[PRODUCT_ROWS * 2 * WIDE], row_scales[LANES];
     for (int64_t start = 0; start < B.rows; start += block) {
         int64_t stop = std::min(start + block, B.rows);
         for (int64_t n = start; n < round_up(stop, WIDE); n += LANES) {
@@ -232,11 +231,11 @@ void matmul_fp16(const Operand<TA>& A, const Operand<TB>& B, const Target<TC>& C
             halve_rows(strip.data(), scales, K, a.data());
             for (int64_t n = start; n < stop; n += pair) {
                 bool both = stop - n > WIDE;
-                for (int64_t half = 0; half < LANES && m + half < A.rows; half += ROWS) {
+                for (int64_t half = 0; half < LANES && m + half < A.rows; half += PRODUCT_ROWS) {
                     auto multiply = both ? multiply_fp16<2> : multiply_fp16<1>;
                     multiply(&a[half], &b[(n - start) * K], K, tile);
                     int64_t row = m + half;
-                    finish(tile, both ? pair : WIDE, C, row, n, std::min(ROWS, A.rows - row),
+                    finish(tile, both ? pair : WIDE, C, row, n, std::min(PRODUCT_ROWS, A.rows - row),
                            std::min(pair, stop - n), row_scales + half, &column_scales[n - start]);
                 }
             }

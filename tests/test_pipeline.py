@@ -1,5 +1,6 @@
 """Steps run once, resume, and become stale exactly when what they depend on changes."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -33,11 +34,13 @@ def fail(context: Context) -> None:
 
 
 def slow(context: Context) -> None:
-    """Count up in a file of the step's own, as resumable work does."""
-    done = context.folder / "done"
+    """Count up in a file of the step's own, as resumable work does; while `hold` is there, no further than to five."""
+    done, hold = context.folder / "done", context.run / "hold"
     for number in range(int(done.read_text()) if done.exists() else 0, 20):
         context.progress(number / 20, f"at {number}")
         time.sleep(0.05)
+        while number == 5 and hold.exists():
+            time.sleep(0.01)
         done.write_text(str(number + 1))
 
 
@@ -110,21 +113,23 @@ def test_a_killed_run_goes_on_inside_the_step(tmp_path, how):
         "import sys; from glm45.pipeline import Pipeline, Step\n"
         "Pipeline(sys.argv[1], [Step('s', 'test_pipeline:slow')]).run()"
     )
+    (tmp_path / "hold").touch()
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.DEVNULL)
     done = tmp_path / "steps/s/done"
     while not done.exists() or int(done.read_text() or 0) < 5:
         time.sleep(0.02)
     process.send_signal(how)
     process.wait()
-    time.sleep(0.2)
-    reached = int(done.read_text())
-    assert 5 <= reached < 20
+    with (tmp_path / "steps/s/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the step, too, is gone
+    (tmp_path / "hold").unlink()
+    assert done.read_text() == "5"
     pipeline = Pipeline(tmp_path, [Step("s", "test_pipeline:slow")])
     assert pipeline.fraction("s")[1].startswith("at ")
     seen = []
     pipeline.run(watch=lambda p, running: seen.append(p.fraction("s")[0]))
     assert done.read_text() == "20"
-    assert min(seen) >= (reached - 1) / 20
+    assert min(seen) >= 5 / 20
     assert how == signal.SIGKILL or pipeline.record("s")["wall_seconds"] > 0.9
 
 

@@ -360,7 +360,9 @@ def test_prefetch_works_ahead_so_far_and_no_further():
     made = []
     results = prefetch(made.append, 0, 1_000, depth=3)
     next(results)
-    time.sleep(0.2)  # time enough to make all
+    while len(made) < 4:
+        time.sleep(0.01)
+    time.sleep(0.1)  # if it went further, it would by now
     assert made == [0, 1, 2, 3]
     results.close()
     assert made == [0, 1, 2, 3]

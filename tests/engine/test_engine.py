@@ -145,7 +145,8 @@ def test_leaving_a_stream_frees_everything(build, prompts):
         async for _ in engine.stream(prompts[1], SamplingParams(n=3, max_tokens=400)):
             break
         task = asyncio.ensure_future(engine.generate_async(prompts[2], SamplingParams(max_tokens=400)))
-        await asyncio.sleep(0.05)
+        while engine.stats()["running"] != 1:
+            await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

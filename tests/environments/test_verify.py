@@ -1,7 +1,6 @@
 """Reward processes: what breaks becomes a typed failure, is counted, and never costs the run or a zero reward."""
 
 import textwrap
-import time
 
 import pytest
 
@@ -41,7 +40,7 @@ def workers(tmp_path, monkeypatch):
     (tmp_path / "hostile_verifier.py").write_text(HOSTILE_VERIFIER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    with RewardWorkers(RewardConfig(num_workers=2, timeout_s=0.5, memory_mb=1024)) as workers:
+    with RewardWorkers(RewardConfig(num_workers=2, timeout_s=1.5, memory_mb=1024)) as workers:
         yield workers
 
 
@@ -77,13 +76,11 @@ def test_a_verifier_that_fails_its_own_proof_gives_failures_not_zeros(workers):
 
 def test_scoring_runs_in_the_background_and_close_cancels(workers):
     workers.score(task(), assistant("good"))
-    start = time.monotonic()
     futures = [workers.submit(task(), assistant("good")) for _ in range(50)]
     assert [future.result().value for future in futures] == [1.0] * 50
-    assert time.monotonic() - start < 5
-    workers.submit(task(), assistant("hang"))
+    hanging = workers.submit(task(), assistant("hang"))
     workers.close()
-    assert time.monotonic() - start < 8
+    assert hanging.done()
 
 
 @pytest.mark.parametrize("name", VERIFIERS)

@@ -109,6 +109,6 @@ def served(checkpoint):
         time.sleep(0.01)
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
-    thread.join(20)
+    thread.join(60)
     with contextlib.suppress(RuntimeError):
         engine.close()

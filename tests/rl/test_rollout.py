@@ -1,7 +1,7 @@
 """Rollouts with a planted engine: groups, refills, failures, penalties, overlap, staleness."""
 
 import asyncio
-import time
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,17 +21,17 @@ TASKS = list(arithmetic_tasks(1, 12))
 
 
 class PlantedEngine:
-    """An engine client that answers `answer(prompt text, sample)` after `delay(prompt text)` seconds."""
+    """An engine client that answers `answer(prompt text, sample)` once `ready(prompt text)` is."""
 
-    def __init__(self, tokenizer, answer, delay=lambda prompt: 0.0):
-        self.tokenizer, self.answer, self.delay = tokenizer, answer, delay
+    def __init__(self, tokenizer, answer, ready):
+        self.tokenizer, self.answer, self.ready = tokenizer, answer, ready
         self.version, self.params = 0, []
 
     async def generate(self, prompt_ids, params):
         self.params.append(params)
         prompt = self.tokenizer.decode(prompt_ids)
         version = self.version
-        await asyncio.sleep(self.delay(prompt))
+        await self.ready(prompt)
         return [self.completion(prompt, index, version) for index in range(params.n)]
 
     async def pause(self):
@@ -53,17 +53,21 @@ class PlantedEngine:
 class DirectRewards:
     """Judges in this process; a content of "break" breaks the verifier."""
 
-    def __init__(self, delay=0.0):
-        self.delay, self.threads = delay, ThreadPoolExecutor(8)
+    def __init__(self):
+        self.threads, self.judged = ThreadPoolExecutor(8), []
 
     def submit(self, task, response):
         return self.threads.submit(self._score, task, response)
 
     def _score(self, task, response):
-        time.sleep(self.delay)
+        self.judged.append(task.task_id)
         if response.get("content") == "break":
             return Failure("error", "planted")
         return ArithmeticVerifier().score(task, response)
+
+
+async def at_once(prompt):
+    pass
 
 
 def right_answer(prompt):
@@ -71,12 +75,14 @@ def right_answer(prompt):
     return str(eval(expression))
 
 
+def question(prompt):
+    return prompt.split("\n")[1].split("<")[0]
+
+
 @pytest.fixture
 def rollout(tokenizer):
-    def make(answer, config=None, delay=lambda prompt: 0.0, reward_delay=0.0):
-        return Rollout(
-            PlantedEngine(tokenizer, answer, delay), tokenizer, DirectRewards(reward_delay), config or RolloutConfig()
-        )
+    def make(answer, config=None, ready=at_once):
+        return Rollout(PlantedEngine(tokenizer, answer, ready), tokenizer, DirectRewards(), config or RolloutConfig())
 
     return make
 
@@ -95,7 +101,7 @@ def test_a_group_is_the_prompt_with_each_sampled_answer(rollout, tokenizer):
 
 def test_order_and_seeds_do_not_depend_on_what_finishes_first(rollout):
     delays = {task.messages[0]["content"]: 0.05 - 0.004 * i for i, task in enumerate(TASKS)}
-    maker = rollout(lambda prompt, index: "7", delay=lambda prompt: delays[prompt.split("\n")[1].split("<")[0]])
+    maker = rollout(lambda prompt, index: "7", ready=lambda prompt: asyncio.sleep(delays[question(prompt)]))
     groups = asyncio.run(maker.make_groups(list(enumerate(TASKS)), SAMPLING))
     assert [group[0].task for group in groups] == TASKS
     assert maker.client.submitted_together == len(TASKS)
@@ -110,7 +116,7 @@ def test_flat_groups_are_dropped_and_replaced_but_not_hidden_from_the_mean(rollo
     teaching = [task.messages[0]["content"] for task in TASKS[::2]]
 
     def answer(prompt, index):
-        flat = prompt.split("\n")[1].split("<")[0] not in teaching
+        flat = question(prompt) not in teaching
         return right_answer(prompt) if flat or index == 0 else "7"
 
     pool = Pool(TASKS, seed=1)
@@ -167,24 +173,30 @@ def test_a_cut_answer_is_truncated(rollout):
 
 
 def test_scoring_overlaps_with_generation(rollout):
-    """Eight prompts that come 0.05 s apart, and 0.05 s of scoring each: little more than generation alone."""
-    delays = {task.messages[0]["content"]: 0.05 * (i + 1) for i, task in enumerate(TASKS[:8])}
-    maker = rollout(
-        lambda prompt, index: "7", delay=lambda prompt: delays[prompt.split("\n")[1].split("<")[0]], reward_delay=0.05
-    )
-    start = time.perf_counter()
+    """Each prompt's answers come only when all of the one before it are judged: waiting for all would never end."""
+    before = {after.messages[0]["content"]: task for task, after in itertools.pairwise(TASKS[:8])}
+
+    async def judged_before(prompt):
+        while (task := before.get(question(prompt))) and maker.rewards.judged.count(
+            task.task_id
+        ) < SAMPLING.num_samples:
+            await asyncio.sleep(0.001)
+
+    maker = rollout(lambda prompt, index: "7", ready=judged_before)
     asyncio.run(maker.make_groups(list(enumerate(TASKS[:8])), SAMPLING))
-    assert time.perf_counter() - start < 0.4 + 0.25
+    assert maker.rewards.judged == [task.task_id for task in TASKS[:8] for _ in range(SAMPLING.num_samples)]
 
 
 def test_a_slow_environment_beside_training_respects_the_bound_on_staleness(rollout):
     """The seam for asynchronous runs: groups stay in flight while weights move on, and land with their version."""
     pool = Pool(TASKS, seed=1, max_staleness=1)
     slow = TASKS[0].messages[0]["content"]
-    maker = rollout(
-        lambda prompt, index: right_answer(prompt) if index else "7",
-        delay=lambda prompt: 0.3 if slow in prompt else 0.01,
-    )
+
+    async def after_three_updates(prompt):
+        while slow in prompt and maker.client.version < 3:
+            await asyncio.sleep(0.001)
+
+    maker = rollout(lambda prompt, index: right_answer(prompt) if index else "7", ready=after_three_updates)
 
     async def run():
         learnt, flights = [], {}
@@ -197,7 +209,8 @@ def test_a_slow_environment_beside_training_respects_the_bound_on_staleness(roll
             while pool.num_in_flight < 4:
                 group_id, task = pool.begin()
                 flights[group_id] = asyncio.create_task(fly(group_id, task))
-            await asyncio.sleep(0.1)  # training and the slow prompt go on side by side
+            while pool.num_in_flight > (version < 3):  # all land before the update but for the slow one
+                await asyncio.sleep(0.001)
             learnt += [(version, group[0].weight_version, group[0].task) for group in pool.take(4, version)]
         await asyncio.gather(*flights.values())
         return learnt
@@ -215,7 +228,7 @@ def test_pools_sample_shallowly_then_deeply_and_count_what_could_not_be_judged(r
     )
 
     def answer(prompt, index):
-        right, kind = right_answer(prompt), kinds[prompt.split("\n")[1].split("<")[0]]
+        right, kind = right_answer(prompt), kinds[question(prompt)]
         if kind == "broken":
             return "break"
         return right if kind == "easy" or (kind == "half" and index % 2) or (kind == "rare" and index == 20) else "no"

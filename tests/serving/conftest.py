@@ -64,6 +64,8 @@ class ScriptedEngine:
         self.text = "<think>Let me think.</think>\nThe answer is 42.<|user|>"
         """What it says: text, or a function of the prompt's ids and the sample's index."""
         self.delay = 0.0
+        self.held = False
+        """While true, no token comes."""
         self.fail_after = None
         """Tokens after which it raises."""
         self.asked = []
@@ -103,6 +105,8 @@ class ScriptedEngine:
         detokenizer = Detokenizer(self.tokenizer, params.stop) if params.wants_text else None
         for i, token in enumerate(script):
             await asyncio.sleep(self.delay)
+            while self.held:
+                await asyncio.sleep(0.005)
             if self.fail_after is not None and i >= self.fail_after:
                 raise RuntimeError("scripted failure")
             stopped = detokenizer is not None and detokenizer.append(token)
@@ -176,7 +180,7 @@ def start_server():
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             assert time.monotonic() < deadline, "the server did not start in time"
@@ -185,7 +189,7 @@ def start_server():
             yield SimpleNamespace(url=url, server=server, thread=thread, service=service)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive(), "the server did not stop"
 
     return start
@@ -213,7 +217,7 @@ def shared_server(shared_engine, tokenizer, start_server):
 
 @pytest.fixture
 def client(shared_server, engine):
-    with httpx.Client(base_url=shared_server.url, timeout=20) as client:
+    with httpx.Client(base_url=shared_server.url, timeout=60) as client:
         yield client
 
 

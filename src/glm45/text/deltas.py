@@ -43,15 +43,17 @@ class DeltaWriter:
         deltas, self._deltas = self._deltas, []
         return deltas
 
+    def delta(self, kind: FragmentKind, text: str) -> Delta:
+        """Return the delta that adds text to the content, to the reasoning or to the arguments of the latest call."""
+        if kind == "arguments":
+            return {"tool_calls": [{"index": self.call, "function": {"arguments": text}}]}
+        return {kind: text}
+
     def _join_fragments(self) -> None:
         if not self._fragments:
             return
-        text = "".join(self._fragments)
+        self._deltas.append(self.delta(self._kind, "".join(self._fragments)))
         self._fragments = []
-        if self._kind == "arguments":
-            self._deltas.append({"tool_calls": [{"index": self.call, "function": {"arguments": text}}]})
-        else:
-            self._deltas.append({self._kind: text})
 
 
 def join_deltas(deltas: Sequence[Delta]) -> dict[str, Any]:

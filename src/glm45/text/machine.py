@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glm45.text.arguments import ValueKind, convert, escape, tool_parameters, value_kind
-from glm45.text.deltas import DeltaWriter, FragmentKind
+from glm45.text.deltas import Delta, DeltaWriter, FragmentKind
 from glm45.text.special_tokens import (
     ARG_KEY,
     ARG_KEY_END,
@@ -72,6 +72,16 @@ class AnswerMachine:
         self.text: Handler = self._prose_text
         self.tag: Handler = self._reasoning_tag if reasoning_open else self._content_tag
         self._after_end: tuple[Handler, Handler] = (self.text, self.tag)
+
+    def plain(self, text: str, position: int) -> list[Delta]:
+        """Take a piece that holds no part of a tag and return its deltas: inside a long text, most pieces are one."""
+        if self._end is None:
+            if self.in_value and self._value_kind == "string":
+                return [self.out.delta("arguments", escape(text))]
+            if self._in_prose and not self._space and not text[-1].isspace():
+                return [{self._prose: text}]
+        self.text(text, position)
+        return self.out.drain()
 
     def end_turn(self, token: str, position: int) -> None:
         """Take a token that ends the turn: if anything follows, it was text after all."""

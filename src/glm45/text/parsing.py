@@ -103,15 +103,14 @@ class StreamParser:
 
     def feed(self, text: str) -> list[Delta]:
         """Take a piece of text and return what it completes. What may be the start of a tag waits for the next."""
-        machine = self._machine
-        offset = self._position - len(self._held)  # of `text` in the stream
+        machine, held = self._machine, self._held
+        if not held and text and "<" not in text:
+            offset = self._position
+            self._position = offset + len(text)
+            return machine.plain(text, offset)
+        offset = self._position - len(held)  # of `text` in the stream
         self._position += len(text)
-        if self._held:
-            text = self._held + text
-            self._held = ""
-        elif text and "<" not in text:
-            machine.text(text, offset)
-            return machine.out.drain()
+        text, self._held = held + text, ""
         at, size = 0, len(text)
         while at < size:
             if machine.in_value:

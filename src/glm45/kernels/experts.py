@@ -109,7 +109,7 @@ class _Routing:
         x_ND = x_ND.contiguous()
         out_RD = x_ND.new_empty(self.pair_of_row.numel(), x_ND.shape[-1])
         native.function("route_gather")(
-            *(x_ND, None, self.pair_of_row, out_RD, None, out_RD.shape[0], self.num_choices),
+            *(x_ND, self.pair_of_row, out_RD, out_RD.shape[0], self.num_choices),
             *(x_ND.shape[-1] * x_ND.element_size(), native.threads_for(out_RD.numel())),
         )
         return out_RD
@@ -118,7 +118,7 @@ class _Routing:
         """Return the sum of every token's rows, `[N, D]`."""
         out_ND = rows_RD.new_empty(self.num_tokens, rows_RD.shape[-1])
         native.function("route_combine", rows_RD.dtype)(
-            *(rows_RD, self.row_of_pair, None, out_ND, *out_ND.shape[:1], self.num_choices, out_ND.shape[1]),
+            *(rows_RD, self.row_of_pair, out_ND, *out_ND.shape[:1], self.num_choices, out_ND.shape[1]),
             native.threads_for(rows_RD.numel()),
         )
         return out_ND

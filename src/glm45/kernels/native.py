@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = [
-    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
     *("-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
 ]
 COMPILE_SECONDS = 600

@@ -6,7 +6,7 @@
 
 namespace {
 
-// With s = logits * inverse_temperature: logprobs[n] = log softmax(s)[target], entropy[n] (where given) that of
+// With s = logits * inverse_temperature: logprobs[n] = log softmax(s)[target], entropy[n] that of
 // softmax(s). Where weights are given, logits[n] becomes weights[n] * inverse_temperature * (softmax(s) - onehot).
 template <class T>
 void cross_entropy(T* logits, const int64_t* targets, const float* weights, float inverse_temperature,
@@ -33,7 +33,7 @@ void cross_entropy(T* logits, const int64_t* targets, const float* weights, floa
             store(chosen, load(x + aligned));
             target_logit = (chosen[targets[n] - aligned] - top) * inverse_temperature;
             logprobs[n] = target_logit - log_partition;
-            if (entropy) entropy[n] = log_partition - sum(weighted) / partition;
+            entropy[n] = log_partition - sum(weighted) / partition;
             if (!weights) continue;
             float factor = weights[n] * inverse_temperature / partition;
             row[targets[n]] -= partition;

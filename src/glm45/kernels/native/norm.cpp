@@ -3,8 +3,8 @@
 
 namespace {
 
-template <class Delta, class Out>
-void forward(const float* residual, const Delta* delta, const float* weight, float eps, float* new_residual, Out* out,
+template <class T>
+void forward(const float* residual, const T* delta, const float* weight, float eps, float* new_residual, T* out,
              float* inverse_rms, int64_t N, int64_t D, int64_t threads) {
     parallel(N, threads, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t n = begin; n < end; ++n) {
@@ -29,16 +29,16 @@ void forward(const float* residual, const Delta* delta, const float* weight, flo
 }
 
 // grad_residual (may be null) is what reaches the new residual from above; weight gradients are one row a thread.
-template <class Delta, class Out>
-void backward(const Out* grad_out, const float* grad_residual, const float* residual, const float* weight,
-              const float* inverse_rms, float* grad_in, Delta* grad_delta, float* grad_weight, int64_t N, int64_t D,
+template <class T>
+void backward(const T* grad_out, const float* grad_residual, const float* residual, const float* weight,
+              const float* inverse_rms, float* grad_in, T* grad_delta, float* grad_weight, int64_t N, int64_t D,
               int64_t threads) {
     parallel(N, threads, [&](int64_t begin, int64_t end, int64_t thread) {
         float* mine = grad_weight + thread * D;
         std::fill(mine, mine + D, 0.0f);
         for (int64_t n = begin; n < end; ++n) {
             const float* x = residual + n * D;
-            const Out* g = grad_out + n * D;
+            const T* g = grad_out + n * D;
             float scale = inverse_rms[n];
             floats products = {};
             for (int64_t d = 0; d < D; d += LANES) {
@@ -64,14 +64,14 @@ void backward(const Out* grad_out, const float* grad_residual, const float* resi
     EXPORT void add_rms_norm_forward_##suffix(const float* residual, const T* delta, const float* weight, float eps, \
                                               float* new_residual, T* out, float* inverse_rms, int64_t N, int64_t D, \
                                               int64_t threads) {                                                     \
-        forward<T, T>(residual, delta, weight, eps, new_residual, out, inverse_rms, N, D, threads);                  \
+        forward<T>(residual, delta, weight, eps, new_residual, out, inverse_rms, N, D, threads);                  \
     }                                                                                                                \
     EXPORT void add_rms_norm_backward_##suffix(const T* grad_out, const float* grad_residual, const float* residual, \
                                                const float* weight, const float* inverse_rms, float* grad_in,        \
                                                T* grad_delta, float* grad_weight, int64_t N, int64_t D,              \
                                                int64_t threads) {                                                    \
-        backward<T, T>(grad_out, grad_residual, residual, weight, inverse_rms, grad_in, grad_delta, grad_weight, N,  \
-                       D, threads);                                                                                  \
+        backward<T>(grad_out, grad_residual, residual, weight, inverse_rms, grad_in, grad_delta, grad_weight, N, D,     \
+                    threads);                                                                                        \
     }
 
 DEFINE(float32, float)

@@ -21,26 +21,23 @@ EXPORT void route_sort(const int64_t* expert_ids, int64_t pairs, int64_t E, int6
     offsets[0] = 0;
 }
 
-// out[r] = x[pair_of_row[r] / K], rows of row_bytes; sorted_weights[r] = weights[pair_of_row[r]] where weights given.
-EXPORT void route_gather(const char* x, const float* weights, const int64_t* pair_of_row, char* out,
-                         float* sorted_weights, int64_t rows, int64_t K, int64_t row_bytes, int64_t threads) {
+// out[r] = x[pair_of_row[r] / K], rows of row_bytes.
+EXPORT void route_gather(const char* x, const int64_t* pair_of_row, char* out, int64_t rows, int64_t K,
+                         int64_t row_bytes, int64_t threads) {
     parallel(rows, threads, [&](int64_t begin, int64_t end, int64_t) {
-        for (int64_t r = begin; r < end; ++r) {
+        for (int64_t r = begin; r < end; ++r)
             std::memcpy(out + r * row_bytes, x + pair_of_row[r] / K * row_bytes, row_bytes);
-            if (weights) sorted_weights[r] = weights[pair_of_row[r]];
-        }
     });
 }
 
 namespace {
 
 template <class T>
-void combine(const T* rows, const int64_t* row_of_pair, const T* base, T* out, int64_t N, int64_t K, int64_t D,
-             int64_t threads) {
+void combine(const T* rows, const int64_t* row_of_pair, T* out, int64_t N, int64_t K, int64_t D, int64_t threads) {
     parallel(N, threads, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t n = begin; n < end; ++n) {
             for (int64_t d = 0; d < D; d += LANES) {
-                floats total = base ? load(base + n * D + d) : floats{};
+                floats total = {};
                 for (int64_t k = 0; k < K; ++k) total += load(rows + row_of_pair[n * K + k] * D + d);
                 store(out + n * D + d, total);
             }
@@ -50,12 +47,12 @@ void combine(const T* rows, const int64_t* row_of_pair, const T* base, T* out, i
 
 }  // namespace
 
-// out[n] = base[n] (where given) + the sum of token n's rows, in fp32, rounded once.
-EXPORT void route_combine_float32(const float* rows, const int64_t* row_of_pair, const float* base, float* out,
-                                  int64_t N, int64_t K, int64_t D, int64_t threads) {
-    combine<float>(rows, row_of_pair, base, out, N, K, D, threads);
+// out[n] = the sum of token n's rows, in fp32, rounded once.
+EXPORT void route_combine_float32(const float* rows, const int64_t* row_of_pair, float* out, int64_t N, int64_t K,
+                                  int64_t D, int64_t threads) {
+    combine<float>(rows, row_of_pair, out, N, K, D, threads);
 }
-EXPORT void route_combine_bfloat16(const bfloat16* rows, const int64_t* row_of_pair, const bfloat16* base,
-                                   bfloat16* out, int64_t N, int64_t K, int64_t D, int64_t threads) {
-    combine<bfloat16>(rows, row_of_pair, base, out, N, K, D, threads);
+EXPORT void route_combine_bfloat16(const bfloat16* rows, const int64_t* row_of_pair, bfloat16* out, int64_t N,
+                                   int64_t K, int64_t D, int64_t threads) {
+    combine<bfloat16>(rows, row_of_pair, out, N, K, D, threads);
 }

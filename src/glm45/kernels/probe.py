@@ -11,6 +11,8 @@ from glm45.kernels.experts import grouped_products
 
 MIN_BF16_HIDDEN = 256
 """Below this hidden size bf16 products do not pay on CPU: casting costs what multiplying saves."""
+MIN_BF16_GAIN = 1.25
+"""How much faster than fp32 ones bf16 products must be to pay on CPU; otherwise fp32 costs nothing and is exact."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ def choices() -> list[Choice]:
         *(Choice(operator, "cpu", *_native_choice()) for operator in NATIVE_OPERATORS),
         Choice("experts", "cpu", *_experts_choice()),
         Choice("bf16 products", "cpu", products.bf16_unit(), _rates()),
+        Choice("training", "cpu", *_training_choice()),
     ]
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -47,17 +50,11 @@ NATIVE_OPERATORS = ("attention", "norms", "SwiGLU", "rotation and QK-norm", "cro
 
 
 def preferred_compute_dtype(hidden_size: int, device: torch.device | str = "cpu") -> torch.dtype:
-    """Return the dtype that trains a model of this size fastest here: bf16 on a GPU, on CPU if its products win.
-
-    Where bf16 products are not faster than fp32 ones by a quarter, or the model is small, fp32 costs nothing and is
-    exact.
-    """
+    """Return the dtype that trains a model of this size fastest here: bf16 on a GPU, on CPU if its products pay."""
     if torch.device(device).type != "cpu":
         return torch.bfloat16
-    if hidden_size < MIN_BF16_HIDDEN or native.library() is None:
-        return torch.float32
-    rates = products.rates()
-    return torch.bfloat16 if rates[products.bf16_unit()] > 1.25 * rates["torch fp32"] else torch.float32
+    pays = hidden_size >= MIN_BF16_HIDDEN and _bf16_gain() > MIN_BF16_GAIN
+    return torch.bfloat16 if pays else torch.float32
 
 
 def report() -> str:
@@ -91,6 +88,20 @@ def _experts_choice() -> tuple[str, str]:
     if chosen == "reference" and grouped_products():
         return "grouped_mm", reason
     return chosen, reason
+
+
+def _training_choice() -> tuple[str, str]:
+    gain = _bf16_gain()
+    chosen = f"bf16 from hidden size {MIN_BF16_HIDDEN} on" if gain > MIN_BF16_GAIN else "fp32"
+    return chosen, f"bf16 products at {gain:.2f} times the speed of fp32 ones; {MIN_BF16_GAIN} pays"
+
+
+def _bf16_gain() -> float:
+    """Return how much faster bf16 products are than fp32 ones, 0 where there are no native ones."""
+    if native.library() is None:
+        return 0.0
+    rates = products.rates()
+    return rates[products.bf16_unit()] / rates["torch fp32"]
 
 
 def _rates() -> str:

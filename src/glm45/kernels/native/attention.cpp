@@ -15,7 +15,7 @@ constexpr int64_t COLUMNS = 2 * LANES; // key columns multiplied together
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// C (+)= A[:, begin:end] B[begin:end, :] for PRODUCT_ROWS rows and VECTORS * LANES columns; A may be strided either way.
+// C (+)= A[:, begin:end] B[begin:end, :], PRODUCT_ROWS rows of VECTORS * LANES columns; A may be strided either way.
 template <int VECTORS, bool ADD>
 inline void multiply_tile(const float* A, int64_t a_row, int64_t a_inner, const float* B, int64_t b_row, float* C,
                           int64_t c_row, int64_t begin, int64_t end) {
@@ -58,14 +58,14 @@ struct Head {
         std::fill(rows.begin() + tokens * D, rows.end(), 0.0f);
     }
 
-    void transpose(int64_t padded, int64_t D) {
-        columns.resize(padded * D);
+    void transpose(int64_t padded, int64_t stride, int64_t D) {
+        columns.resize(stride * D);
         for (int64_t t = 0; t < padded; t += LANES)
             for (int64_t d = 0; d < D; d += LANES) {
                 floats tile[LANES];
                 for (int64_t r = 0; r < LANES; ++r) tile[r] = load(&rows[(t + r) * D + d]);
                 transpose_tile(tile);
-                for (int64_t r = 0; r < LANES; ++r) store(&columns[(d + r) * padded + t], tile[r]);
+                for (int64_t r = 0; r < LANES; ++r) store(&columns[(d + r) * stride + t], tile[r]);
             }
     }
 };
@@ -107,6 +107,8 @@ inline float row_maximum(const float* scores, int64_t first, int64_t last, int64
 struct Shape {
     int64_t B, T, K, G, D;
     int64_t padded() const { return round_up(T, PANEL); }
+    // Of a row of scores or of a transposed head. Rows a power of two apart would share a few lines of the cache.
+    int64_t stride() const { return padded() + 16; }
     int64_t q_stride() const { return K * G * D; }
     int64_t k_stride() const { return K * D; }
     int64_t q_at(int64_t b, int64_t k, int64_t g) const { return b * T * q_stride() + (k * G + g) * D; }
@@ -116,33 +118,33 @@ struct Shape {
 template <class T>
 void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, float scale, T* out, float* log_sums,
              Shape s, int64_t threads) {
-    int64_t padded = s.padded(), D = s.D;
+    int64_t padded = s.padded(), stride = s.stride(), D = s.D;
     parallel(s.B * s.K, threads, [&](int64_t begin, int64_t end, int64_t) {
         Head key, value, query;
-        std::vector<float> scores(ROWS * padded), result(ROWS * D);
+        std::vector<float> scores(ROWS * stride), result(ROWS * D);
         std::vector<int64_t> starts;
         for (int64_t task = begin; task < end; ++task) {
             int64_t b = task / s.K, head = task % s.K;
             document_starts(document_ids ? document_ids + b * s.T : nullptr, s.T, starts);
             key.read_rows(k + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
-            key.transpose(padded, D);
+            key.transpose(padded, stride, D);
             value.read_rows(v + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
             for (int64_t g = 0; g < s.G; ++g) {
                 query.read_rows(q + s.q_at(b, head, g), s.q_stride(), s.T, padded, D, scale);
                 for (int64_t i = 0; i < s.T; i += ROWS) {
                     int64_t rows = std::min(ROWS, s.T - i), low = starts[i], high = i + rows;
                     int64_t first = low / COLUMNS * COLUMNS, last = round_up(high, COLUMNS);
-                    multiply<false>(&query.rows[i * D], D, 1, &key.columns[first], padded, &scores[first], padded, 0,
+                    multiply<false>(&query.rows[i * D], D, 1, &key.columns[first], stride, &scores[first], stride, 0,
                                     D, last - first);
                     float inverse[ROWS] = {};
                     for (int64_t r = 0; r < rows; ++r) {
-                        float* row = &scores[r * padded];
+                        float* row = &scores[r * stride];
                         float top = row_maximum(row, first, last, starts[i + r], i + r);
                         float total = exponentiate(row, first, last, starts[i + r], i + r, top);
                         inverse[r] = 1.0f / total;
                         log_sums[((b * s.K + head) * s.G + g) * s.T + i + r] = top + std::log(total);
                     }
-                    multiply<false>(scores.data(), padded, 1, value.rows.data(), D, result.data(), D, low, high, D);
+                    multiply<false>(scores.data(), stride, 1, value.rows.data(), D, result.data(), D, low, high, D);
                     T* written = out + s.q_at(b, head, g) + i * s.q_stride();
                     for (int64_t r = 0; r < rows; ++r)
                         for (int64_t d = 0; d < D; d += LANES)
@@ -163,15 +165,15 @@ struct Workspace {
 // Fills rows [i, i + 8) of the panels with softmax weights and score gradients, and grad_query with dq.
 inline void backward_rows(Workspace& w, const float* log_sums, const Shape& s, float scale, int64_t panel,
                           int64_t low, int64_t i) {
-    int64_t padded = s.padded(), D = s.D, rows = std::min(ROWS, s.T - i);
+    int64_t stride = s.stride(), D = s.D, rows = std::min(ROWS, s.T - i);
     int64_t first = low / COLUMNS * COLUMNS, last = round_up(i + rows, COLUMNS);
-    float *weights = &w.weights[(i - panel) * padded], *grads = &w.grad_scores[(i - panel) * padded];
-    multiply<false>(&w.query.rows[i * D], D, 1, &w.key.columns[first], padded, weights + first, padded, 0, D,
+    float *weights = &w.weights[(i - panel) * stride], *grads = &w.grad_scores[(i - panel) * stride];
+    multiply<false>(&w.query.rows[i * D], D, 1, &w.key.columns[first], stride, weights + first, stride, 0, D,
                     last - first);
-    multiply<false>(&w.grad.rows[i * D], D, 1, &w.value.columns[first], padded, grads + first, padded, 0, D,
+    multiply<false>(&w.grad.rows[i * D], D, 1, &w.value.columns[first], stride, grads + first, stride, 0, D,
                     last - first);
     for (int64_t r = 0; r < rows; ++r) {
-        float *p = weights + r * padded, *g = grads + r * padded;
+        float *p = weights + r * stride, *g = grads + r * stride;
         exponentiate(p, first, last, w.starts[i + r], i + r, log_sums[i + r]);
         floats products = {};
         for (int64_t j = first; j < last; j += LANES) products += load(p + j) * load(g + j);
@@ -179,27 +181,27 @@ inline void backward_rows(Workspace& w, const float* log_sums, const Shape& s, f
         for (int64_t j = first; j < last; j += LANES) store(g + j, load(p + j) * (load(g + j) - mean));
     }
     for (int64_t r = rows; r < ROWS; ++r)
-        for (int64_t j = first; j < last; ++j) weights[r * padded + j] = grads[r * padded + j] = 0.0f;
-    multiply<false>(grads, padded, 1, w.key.rows.data(), D, w.grad_query.data(), D, low, i + rows, D);
+        for (int64_t j = first; j < last; ++j) weights[r * stride + j] = grads[r * stride + j] = 0.0f;
+    multiply<false>(grads, stride, 1, w.key.rows.data(), D, w.grad_query.data(), D, low, i + rows, D);
     for (int64_t n = 0; n < ROWS * D; n += LANES) store(&w.grad_query[n], load(&w.grad_query[n]) * scale);
 }
 
 template <class T>
 void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64_t* document_ids, float scale,
               const float* log_sums, T* grad_q, T* grad_k, T* grad_v, Shape s, int64_t threads) {
-    int64_t padded = s.padded(), D = s.D;
+    int64_t padded = s.padded(), stride = s.stride(), D = s.D;
     parallel(s.B * s.K, threads, [&](int64_t begin, int64_t end, int64_t) {
         Workspace w;
-        w.weights.resize(PANEL * padded);
-        w.grad_scores.resize(PANEL * padded);
+        w.weights.resize(PANEL * stride);
+        w.grad_scores.resize(PANEL * stride);
         w.grad_query.resize(ROWS * D);
         for (int64_t task = begin; task < end; ++task) {
             int64_t b = task / s.K, head = task % s.K;
             document_starts(document_ids ? document_ids + b * s.T : nullptr, s.T, w.starts);
             w.key.read_rows(k + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
-            w.key.transpose(padded, D);
+            w.key.transpose(padded, stride, D);
             w.value.read_rows(v + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
-            w.value.transpose(padded, D);
+            w.value.transpose(padded, stride, D);
             w.grad_key.assign(padded * D, 0.0f);
             w.grad_value.assign(padded * D, 0.0f);
             for (int64_t g = 0; g < s.G; ++g) {
@@ -219,9 +221,9 @@ void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64
                     int64_t padded_stop = round_up(stop, ROWS);
                     for (int64_t j = low; j < stop; j += ROWS) {
                         int64_t from = std::max(panel, j);
-                        multiply<true>(&w.grad_scores[j] - panel * padded, 1, padded, w.query.rows.data(), D,
+                        multiply<true>(&w.grad_scores[j] - panel * stride, 1, stride, w.query.rows.data(), D,
                                        &w.grad_key[j * D], D, from, padded_stop, D);
-                        multiply<true>(&w.weights[j] - panel * padded, 1, padded, w.grad.rows.data(), D,
+                        multiply<true>(&w.weights[j] - panel * stride, 1, stride, w.grad.rows.data(), D,
                                        &w.grad_value[j * D], D, from, padded_stop, D);
                     }
                 }

@@ -64,13 +64,13 @@ void backward(const T* grad_out, const float* grad_residual, const float* residu
     EXPORT void add_rms_norm_forward_##suffix(const float* residual, const T* delta, const float* weight, float eps, \
                                               float* new_residual, T* out, float* inverse_rms, int64_t N, int64_t D, \
                                               int64_t threads) {                                                     \
-        forward<T>(residual, delta, weight, eps, new_residual, out, inverse_rms, N, D, threads);                  \
+        forward<T>(residual, delta, weight, eps, new_residual, out, inverse_rms, N, D, threads);                     \
     }                                                                                                                \
     EXPORT void add_rms_norm_backward_##suffix(const T* grad_out, const float* grad_residual, const float* residual, \
                                                const float* weight, const float* inverse_rms, float* grad_in,        \
                                                T* grad_delta, float* grad_weight, int64_t N, int64_t D,              \
                                                int64_t threads) {                                                    \
-        backward<T>(grad_out, grad_residual, residual, weight, inverse_rms, grad_in, grad_delta, grad_weight, N, D,     \
+        backward<T>(grad_out, grad_residual, residual, weight, inverse_rms, grad_in, grad_delta, grad_weight, N, D,  \
                     threads);                                                                                        \
     }
 

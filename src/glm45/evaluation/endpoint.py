@@ -71,7 +71,7 @@ class HttpTarget:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(f"{self.name} did not answer in OpenAI's form: {str(answered)[:300]}") from None
         message.setdefault("content", "")
-        return Answer({**message, "faults": []}, choice.get("finish_reason") or "stop", tokens)
+        return Answer(message, choice.get("finish_reason") or "stop", tokens)
 
     async def loglikelihoods(self, context: str, continuations: Sequence[str]) -> list[float]:
         """See `Target.loglikelihoods`: the prompt is echoed with log-probabilities, in one request for each."""

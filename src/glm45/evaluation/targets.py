@@ -28,7 +28,7 @@ class Answer:
     """One answer as it came."""
 
     message: Message
-    """An assistant message; `faults` lists what was malformed."""
+    """An assistant message; `faults`, where there are any, lists what was malformed."""
     finish_reason: str
     """`stop`, `tool_calls`, `length` or `error`."""
     num_tokens: int
@@ -77,27 +77,18 @@ class LocalTarget:
     async def answer(self, task: Task, sampling: Sampling, seed: int) -> Answer:
         """See `Target.answer`."""
         from glm45.engine.request import SamplingParams
-        from glm45.text.chat import render_tokens
-        from glm45.text.parsing import parse_ids
+        from glm45.environments.tokens import prompt_ids, read_answer
 
-        prompt = render_tokens(
-            task.messages,
-            self._tokenizer,
-            tools=task.tools or None,
-            enable_thinking=None if task.thinking else False,
-            add_generation_prompt=True,
-        )
-        room = self._engine.max_length - len(prompt.ids)
+        prompt = prompt_ids(task, self._tokenizer)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=max(1, min(sampling.max_tokens, room)),
+            max_tokens=max(1, min(sampling.max_tokens, self._engine.max_length - len(prompt))),
             seed=seed,
         )
-        (completion,) = await self._engine.generate_async(prompt.ids, params)
-        message, status = parse_ids(completion.token_ids, self._tokenizer, task.tools or None)
-        faults = [str(problem) for problem in status.problems]
-        return Answer({**message, "faults": faults}, completion.finish_reason, len(completion.token_ids))
+        (completion,) = await self._engine.generate_async(prompt, params)
+        message = read_answer(completion.token_ids, task, self._tokenizer)
+        return Answer(message, completion.finish_reason, len(completion.token_ids))
 
     async def loglikelihoods(self, context: str, continuations: Sequence[str]) -> list[float]:
         """See `Target.loglikelihoods`. Raises ValueError for a text that fills the engine's context."""

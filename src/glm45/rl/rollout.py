@@ -15,14 +15,13 @@ from glm45.engine.request import Completion, SamplingParams
 from glm45.environments.formats import format_faults, language_mixing_rate, repetition_rate
 from glm45.environments.protocol import Task
 from glm45.environments.tasks import prompt_text
+from glm45.environments.tokens import prompt_ids, read_answer
 from glm45.environments.verify import RewardWorkers
 from glm45.rl.advantages import informative
 from glm45.rl.config import PenaltyConfig, RolloutConfig
 from glm45.rl.pool import Group, Pool
 from glm45.rl.sample import Sample
 from glm45.seeds import derive_seed
-from glm45.text.chat import render_tokens
-from glm45.text.parsing import parse_ids
 from glm45.text.tokenizer import Tokenizer
 
 REPETITION_LIMIT, LANGUAGE_MIXING_LIMIT = 0.2, 0.05
@@ -76,13 +75,7 @@ class Rollout:
 
     async def make_group(self, group_id: int, task: Task, sampling: Sampling) -> Group:
         """Sample one group and judge it; the seed depends on the group's id and not on what else is generated."""
-        prompt = render_tokens(
-            task.messages,
-            self.tokenizer,
-            tools=task.tools or None,
-            enable_thinking=None if task.thinking else False,
-            add_generation_prompt=True,
-        ).ids
+        prompt = prompt_ids(task, self.tokenizer)
         params = SamplingParams(
             n=sampling.num_samples,
             max_tokens=sampling.max_tokens,
@@ -101,13 +94,10 @@ class Rollout:
         if made.finish_reason == "abort":
             sample.status = "aborted"
             return sample
-        message, status = parse_ids(made.token_ids, self.tokenizer, task.tools or None)
-        if not status.well_formed:
-            message["faults"] = [str(problem) for problem in status.problems]
         sample.append_generated(
             list(made.token_ids),
             list(made.logprobs),
-            message,
+            read_answer(made.token_ids, task, self.tokenizer),
             min(made.weight_versions),
             truncated=made.finish_reason == "length",
         )

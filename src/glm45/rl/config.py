@@ -145,6 +145,8 @@ class RLConfig:
     """Keep only science tasks that experts verified (report section 3.2, Science RL)."""
     checkpoint_every: int = 10
     """Steps between checkpoints. Not in the report."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """A further place that metrics go to, besides the run folder and TensorBoard."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.checkpoint_every < 1:

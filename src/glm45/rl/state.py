@@ -25,6 +25,9 @@ from glm45.training.checkpoint import Checkpoints, training_tensors
 from glm45.training.layout import Layout
 from glm45.training.parallel import World
 
+MAY_CHANGE = ("steps", "tracker")
+"""What a run that goes on may have set differently: the past does not depend on it."""
+
 
 class RLState:
     """Policy, optimiser, prompts, curriculum and temperature between two steps."""
@@ -114,14 +117,14 @@ def read_task_files(config: RLConfig) -> tuple[list[Task], list[Task]]:
 def open_run(folder: Path, config: RLConfig) -> None:
     """Make the run folder and save the configuration, or check that it is the same run's.
 
-    Raises ValueError if the folder holds a run of another configuration; `steps` may be raised.
+    Raises ValueError if the folder holds a run of another configuration; `steps` and `tracker` may change.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     values = to_dict(config)
     if path.exists():
         before = json.loads(path.read_text())
-        different = sorted(key for key in values if before.get(key) != values[key] and key != "steps")
+        different = sorted(key for key in values if before.get(key) != values[key] and key not in MAY_CHANGE)
         if different:
             raise ValueError(f"{folder} holds a run with other values of {', '.join(different)}: use another folder")
     path.write_text(json.dumps(values, indent=1) + "\n")

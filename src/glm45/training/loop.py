@@ -77,7 +77,14 @@ def _train(
     config, plan, world = run.config, state.plan, state.world
     problems = resume(state, checkpoints)
     first = world.rank == 0
-    metrics = Metrics(run.folder if first else None, state.metrics_length, state.step, config)
+    metrics = Metrics(
+        run.folder if first else None,
+        state.metrics_length,
+        state.step,
+        config=config,
+        log_every=config.log_every,
+        tracker=config.tracker,
+    )
     display = Display(first, plan.num_steps, state.step, config.log_every)
     try:
         for problem in problems:

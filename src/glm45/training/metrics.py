@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from glm45.config import to_dict
-from glm45.training.run import TrainConfig
 
 Record = Mapping[str, Any]
 
@@ -63,8 +62,11 @@ class Metrics:
     Only rank 0 gives a folder. Raises ImportError with the command to install a missing tracker.
     """
 
-    def __init__(self, folder: Path | None, length: int, first_step: int, config: TrainConfig) -> None:
-        self._every = config.log_every
+    def __init__(
+        self, folder: Path | None, length: int, first_step: int, *, config: Any, log_every: int, tracker: str
+    ) -> None:
+        """Go on from `length` bytes of the log of record and from `first_step`; the tracker is shown `config`."""
+        self._every = log_every
         self._record = self._timings = self._board = self._tracker = None
         if folder is None:
             return
@@ -73,7 +75,7 @@ class Metrics:
         self._record = JsonLines(folder / "metrics.jsonl", length)
         self._timings = JsonLines(folder / "timings.jsonl")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, max_queue=100)
-        self._tracker = _open_tracker(config.tracker, folder, to_dict(config))
+        self._tracker = _open_tracker(tracker, folder, to_dict(config))
 
     @property
     def length(self) -> int:

@@ -294,8 +294,11 @@ def _rl_run(options: argparse.Namespace) -> None:
     from glm45.config import from_dict, override
     from glm45.rl.config import RLConfig
     from glm45.rl.driver import run_rl
+    from glm45.text.debug import read_json
 
-    config = from_dict(RLConfig, {"name": Path(options.config).stem, **json.loads(Path(options.config).read_text())})
+    values = read_json(options.config)
+    named = {"name": Path(options.config).stem, **values} if isinstance(values, dict) else values
+    config = from_dict(RLConfig, named)
     print(run_rl(override(config, options.overrides), options.folder))
 
 

@@ -1,6 +1,7 @@
 """The verifier in docs/verifiers.md, as written there, loads, proves itself and judges in a reward process."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def test_the_documented_verifier_works_in_about_ten_lines(tmp_path, monkeypatch)
     assert len([line for line in blocks["python"].splitlines() if line.strip()]) <= 10
     (tmp_path / "palindromes.py").write_text(blocks["python"])
     (tmp_path / "tasks.jsonl").write_text(blocks["json"])
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (task,) = read_tasks(tmp_path / "tasks.jsonl")
     assert json.loads(blocks["json"])["task_id"] == task.task_id
     with RewardWorkers(RewardConfig()) as rewards:

@@ -1,5 +1,6 @@
 """Reward processes: what breaks becomes a typed failure, is counted, and never costs the run or a zero reward."""
 
+import os
 import textwrap
 
 import pytest
@@ -10,8 +11,10 @@ from glm45.environments.verify import RewardConfig, RewardWorkers
 
 HOSTILE_VERIFIER = textwrap.dedent(
     """
-    import os, signal, time
+    import os, signal, sys, time
     from glm45.environments.protocol import Reward, Task, assistant, user
+
+    ANSWERS = 3  # the protocol's channel, duplicated from standard output
 
     class Hostile:
         def score(self, task, response):
@@ -23,6 +26,11 @@ HOSTILE_VERIFIER = textwrap.dedent(
             if what == "raise": raise KeyError("gold")
             if what == "nan": return Reward(float("nan"))
             if what == "print": print("not for the protocol")
+            if what == "half": os.write(ANSWERS, b"{"); time.sleep(1000)
+            if what == "closed": os.close(ANSWERS); time.sleep(1000)
+            if what == "child":
+                if os.fork() == 0: time.sleep(1000)
+                os._exit(3)
             return Reward(float(what != "bad"), {"correct": 1.0})
 
         def examples(self):
@@ -38,7 +46,7 @@ HOSTILE_VERIFIER = textwrap.dedent(
 @pytest.fixture
 def workers(tmp_path, monkeypatch):
     (tmp_path / "hostile_verifier.py").write_text(HOSTILE_VERIFIER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
     with RewardWorkers(RewardConfig(num_workers=2, timeout_s=1.5, memory_mb=1024)) as workers:
         yield workers
@@ -57,13 +65,16 @@ def test_failures_are_typed_counted_and_survived(workers):
         ("crash", "crash"),
         ("raise", "error"),
         ("nan", "error"),
+        ("half", "timeout"),
+        ("closed", "crash"),
+        ("child", "timeout"),
     ):
         workers.score(task(), assistant("good"))  # so that the start of a process is not part of the limit
         outcome = workers.score(task(), assistant(what))
         assert isinstance(outcome, Failure)
         assert outcome.kind == kind, outcome
         assert workers.score(task(), assistant("good")).value == 1.0
-    assert workers.failures == {"timeout": 2, "memory": 1, "crash": 1, "error": 2}
+    assert workers.failures == {"timeout": 4, "memory": 1, "crash": 2, "error": 2}
     assert workers.score(task(), assistant("print")).value == 1.0
 
 
@@ -72,6 +83,20 @@ def test_a_verifier_that_fails_its_own_proof_gives_failures_not_zeros(workers):
     assert outcome.kind == "error"
     assert "gave its gold answer" in outcome.detail
     assert "no verifier 'nothing'" in workers.score(task("nothing"), assistant("good")).detail
+
+
+def test_a_run_learns_before_it_begins_that_a_verifier_cannot_judge(workers):
+    workers.prove(["hostile_verifier:Hostile", "arithmetic"])
+    with pytest.raises(ValueError, match=r"'hostile_verifier:Wrong' cannot judge here \(error\).*gave its gold answer"):
+        workers.prove(["arithmetic", "hostile_verifier:Wrong"])
+    with pytest.raises(ValueError, match="'nothing' cannot judge here"):
+        workers.prove(["nothing"])
+
+
+def test_code_is_refused_clearly_where_there_is_no_sandbox(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with RewardWorkers() as workers, pytest.raises(ValueError, match=r"\(refused\): .*bubblewrap is not installed"):
+        workers.prove(["code"])
 
 
 def test_scoring_runs_in_the_background_and_close_cancels(workers):

@@ -125,6 +125,19 @@ def test_killed_in_every_part_of_a_step_the_run_ends_the_same(config, tmp_path):
     assert rows[1]["max_mismatch"] < 1e-4
     weights = [(tmp_path / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
+    assert board(tmp_path / "killed", "reward") == {row["step"]: pytest.approx(row["reward"]) for row in rows[1:]}
+    assert set(board(tmp_path / "killed", "held_out_greedy")) == {0, 3, 6}
+    for name in ("response_length", "entropy", "grad_norm", "generated_tokens_per_second"):
+        assert set(board(tmp_path / "killed", name)) == {1, 2, 3, 4, 5, 6}, name
+
+
+def board(folder, name: str) -> dict[int, float]:
+    """Return what TensorBoard shows of a run under a name: steps that were done again are there once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def test_a_folder_of_another_run_is_refused(config, tmp_path):

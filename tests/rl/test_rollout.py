@@ -11,10 +11,12 @@ from glm45.environments.arithmetic import ArithmeticVerifier, arithmetic_tasks
 from glm45.environments.protocol import Failure
 from glm45.rl.config import PenaltyConfig, RolloutConfig
 from glm45.rl.curriculum import PoolThresholds
+from glm45.rl.health import HealthConfig, alarms
 from glm45.rl.metrics import accuracy, rollout_metrics
 from glm45.rl.pool import Pool
 from glm45.rl.pools import PoolsConfig, measure
 from glm45.rl.rollout import Rollout, Sampling
+from glm45.rl.sample import Sample
 
 SAMPLING = Sampling(num_samples=4, max_tokens=8, temperature=1.0, seed=1)
 TASKS = list(arithmetic_tasks(1, 12))
@@ -131,6 +133,28 @@ def test_flat_groups_are_dropped_and_replaced_but_not_hidden_from_the_mean(rollo
     assert record["pass_at_4"] == 1.0
     assert record["pass_at_1"] == pytest.approx(record["reward"])
     assert accuracy(made) == pytest.approx(record["reward"])
+
+
+def test_what_could_not_be_judged_counts_as_a_failure_and_as_nothing_else(groups):
+    judged = rollout_metrics_of(groups)
+    for group in groups:
+        group.append(failed := Sample.from_dict(group[0].to_dict()))
+        failed.reward, failed.reward_parts = None, {}
+        failed.judge(Failure("crash", "planted"))
+    with_failures = rollout_metrics_of(groups)
+    samples = sum(map(len, groups))
+    assert with_failures["failure_share"] == pytest.approx(len(groups) / samples)
+    for name in ("reward", "informative_share", "pass_at_1"):
+        assert with_failures[name] == judged[name], name
+    nothing = rollout_metrics([[group[-1]] for group in groups], 0)
+    assert nothing == {"failure_share": 1.0, "num_samples": len(groups)}
+    assert alarms([nothing], HealthConfig()) == ["answers cannot be judged: failure_share 1, limit 0.05"]
+
+
+def rollout_metrics_of(groups):
+    for sample in (sample for group in groups for sample in group):
+        sample.metadata |= {"faulty": False, "repetition_rate": 0.0, "language_mixing_rate": 0.0}
+    return rollout_metrics(groups, 0)
 
 
 def test_the_rounds_end_where_nothing_is_informative(rollout):

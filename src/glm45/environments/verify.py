@@ -13,11 +13,14 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Lock
 from types import TracebackType
+from typing import Any
 
 from glm45.config import configuration
 from glm45.environments.protocol import Failure, Message, Outcome, Reward, Task
@@ -55,6 +58,20 @@ class RewardWorkers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(self.config.num_workers, thread_name_prefix="reward")
 
+    def prove(self, verifiers: Iterable[str]) -> None:
+        """Load verifiers in a process of their own. Raises ValueError for the first that cannot judge on this machine.
+
+        To be called before a run: later, every answer would be dropped as a failure.
+        """
+        for name in sorted(set(verifiers)):
+            worker = self._idle.get()
+            try:
+                outcome = worker.ask(name, {"prove": name})
+            finally:
+                self._idle.put(worker)
+            if isinstance(outcome, Failure):
+                raise ValueError(f"verifier {name!r} cannot judge here ({outcome.kind}): {outcome.detail}")
+
     def submit(self, task: Task, response: Message) -> Future[Outcome]:
         """Judge `response` in the background."""
         return self._threads.submit(self._score, task, response)
@@ -80,7 +97,7 @@ class RewardWorkers:
     def _score(self, task: Task, response: Message) -> Outcome:
         worker = self._idle.get()
         try:
-            outcome = worker.score(task, response)
+            outcome = worker.ask(task.verifier, {"task": dataclasses.asdict(task), "response": response})
         finally:
             self._idle.put(worker)
         if isinstance(outcome, Failure):
@@ -99,27 +116,28 @@ class _Worker:
         self._retired = False
         self._starting = Lock()
 
-    def score(self, task: Task, response: Message) -> Outcome:
+    def ask(self, verifier: str, request: dict[str, Any]) -> Outcome:
+        """Send a request that concerns a verifier and wait for the answer; the first also loads and proves it."""
         process = self._start()
         if process is None:
             return Failure("crash", "the reward processes were closed")
         assert process.stdin is not None
         allowed_s = self._config.timeout_s
-        if task.verifier not in self._proved:
+        if verifier not in self._proved:
             allowed_s += self._config.startup_timeout_s
-        request = json.dumps({"task": dataclasses.asdict(task), "response": response}) + "\n"
         try:
-            process.stdin.write(request.encode())
+            process.stdin.write((json.dumps(request) + "\n").encode())
             process.stdin.flush()
         except BrokenPipeError:
             return self._died(process)
         line = self._read_line(process, allowed_s)
         if line is None:
             self.kill()
-            return Failure("timeout", f"{task.verifier} took longer than {allowed_s:g} s on {task.task_id}")
+            subject = request["task"]["task_id"] if "task" in request else "its own examples"
+            return Failure("timeout", f"{verifier} took longer than {allowed_s:g} s on {subject}")
         if not line.endswith(b"\n"):
             return self._died(process)
-        self._proved.add(task.verifier)
+        self._proved.add(verifier)
         answer = json.loads(line)
         return Reward(**answer["reward"]) if "reward" in answer else Failure(**answer["failure"])
 
@@ -144,9 +162,10 @@ class _Worker:
                 stream.close()
 
     def _died(self, process: subprocess.Popen[bytes]) -> Failure:
-        status = process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the channel and gone on
+            process.wait(timeout=1.0)
         self.kill()
-        return Failure("crash", f"the reward process ended with status {status}")
+        return Failure("crash", f"the reward process ended with status {process.returncode}")
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         with self._starting:
@@ -166,7 +185,14 @@ class _Worker:
     def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
         """Return one line, a part of one if the process died, or None when the time is up."""
         assert process.stdout is not None
+        line, deadline = b"", time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            # The worker writes a whole line at once, so the first byte means that the rest is on its way.
-            return process.stdout.readline() if selector.select(timeout_s) else None
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    return line
+                line += chunk
+        return line

@@ -17,12 +17,14 @@ from glm45.environments.sandbox import SandboxUnavailableError
 
 
 def score_one(verifiers: dict[str, Verifier], request: dict[str, Any]) -> Outcome:
-    """Judge one request; whatever a verifier raises becomes a typed failure."""
+    """Judge one request, or only load its verifier (`prove`); whatever a verifier raises becomes a typed failure."""
     try:
-        task = Task(**request["task"])
-        if task.verifier not in verifiers:
-            verifiers[task.verifier] = load_verifier(task.verifier)
-        reward = verifiers[task.verifier].score(task, request["response"])
+        name = request.get("prove") or request["task"]["verifier"]
+        if name not in verifiers:
+            verifiers[name] = load_verifier(name)
+        reward = (
+            Reward(1.0) if "prove" in request else verifiers[name].score(Task(**request["task"]), request["response"])
+        )
     except MemoryError:
         return Failure("memory", "the verifier ran out of memory")
     except SandboxUnavailableError as error:

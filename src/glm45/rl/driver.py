@@ -1,7 +1,8 @@
 """The RL driver: generate, judge, learn, hand over the weights, again.
 
 A run is a folder: `config.json`, `metrics.jsonl` (the log of record: nothing in it depends on the clock),
-`timings.jsonl`, `samples/` (held-out answers to read), `checkpoints/`, `policy/` (the trained one, hub layout).
+`timings.jsonl`, `tensorboard/`, `samples/` (held-out answers to read), `checkpoints/`, `policy/` (the trained one, hub
+layout).
 Killed at any moment, the same command goes on from the newest checkpoint and writes the same metrics.
 """
 
@@ -24,7 +25,7 @@ from glm45.rl.rollout import Rollout, Sampling
 from glm45.rl.state import RLState, open_run
 from glm45.seeds import derive_seed
 from glm45.training.checkpoint import Checkpoints, Retention
-from glm45.training.metrics import JsonLines, read_record
+from glm45.training.metrics import Metrics, read_record
 
 Say = Callable[[str], None]
 
@@ -40,8 +41,7 @@ def run_rl(config: RLConfig, folder: str | Path, say: Say = print) -> Path:
     checkpoints = Checkpoints(folder / "checkpoints", Retention(every=config.checkpoint_every, keep_best=False))
     for problem in state.load(checkpoints):
         say(f"passed over: {problem}")
-    metrics = JsonLines(folder / "metrics.jsonl", state.metrics_length)
-    timings = JsonLines(folder / "timings.jsonl")
+    metrics = Metrics(folder, state.metrics_length, state.step, config=config, log_every=1, tracker=config.tracker)
     state.rows = read_record(folder)
     engine_config = EngineConfig(seed=derive_seed(config.seed, "engine"))
     try:
@@ -49,15 +49,16 @@ def run_rl(config: RLConfig, folder: str | Path, say: Say = print) -> Path:
             RewardWorkers(config.rewards) as rewards,
             Engine(state.trainer.model, state.tokenizer, engine_config) as engine,
         ):
+            rewards.prove(task.verifier for task in [*state.train_tasks, *state.held_out_tasks])
             client = InProcessClient(engine)
             rollout = Rollout(client, state.tokenizer, rewards, config.rollout)
-            asyncio.run(_run(state, client, rollout, checkpoints, metrics, timings, folder, say))
+            asyncio.run(_run(state, client, rollout, checkpoints, metrics, folder, say))
         checkpoints.wait()
         hub.save(state.trainer.model, folder / "policy")
         state.tokenizer.save(folder / "policy")
     finally:
-        for each in (metrics, timings, checkpoints):
-            each.close()
+        metrics.close()
+        checkpoints.close()
     return folder / "policy"
 
 
@@ -66,8 +67,7 @@ async def _run(
     client: EngineClient,
     rollout: Rollout,
     checkpoints: Checkpoints,
-    metrics: JsonLines,
-    timings: JsonLines,
+    metrics: Metrics,
     folder: Path,
     say: Say,
 ) -> None:
@@ -76,7 +76,7 @@ async def _run(
     await client.update_weights(None, version=state.step)
     if not state.rows:
         state.rows.append({"step": 0, **await held_out.evaluate(config.lengths.full, config.lengths.cap(0))})
-        metrics.write(state.rows[0])
+        metrics.step(state.rows[0], {})
         _write_examples(folder, 0, held_out)
     while state.step < config.steps:
         stage, cap = state.curriculum.stage, config.lengths.cap(state.step)
@@ -99,8 +99,7 @@ async def _run(
         state.advance(record)
         await _choose_temperature(state, held_out, record, cap)
         record["alarms"] = alarms(state.rows, config.health)
-        metrics.write(record)
-        timings.write(_timing(record, started, generated, trained))
+        metrics.step(record, _timing(record, started, generated, trained))
         say(_line(record, time.perf_counter() - started))
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
             state.save(checkpoints, metrics.length)
@@ -122,7 +121,6 @@ def _write_examples(folder: Path, step: int, held_out: HeldOut) -> None:
 
 def _timing(record: dict[str, Any], started: float, generated: float, trained: float) -> dict[str, float]:
     return {
-        "step": record["step"],
         "generation_seconds": generated - started,
         "training_seconds": trained - generated,
         "generated_tokens_per_second": record.get("generated_tokens", 0.0) / (generated - started),

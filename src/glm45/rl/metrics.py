@@ -9,11 +9,15 @@ from glm45.rl.sample import Sample
 
 
 def rollout_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
-    """Return rewards by part and by domain, pass@k, lengths, and rates; empty if nothing was generated."""
+    """Return rewards by part and by domain, pass@k, lengths, and rates; empty if nothing was generated.
+
+    What could not be judged counts in `failure_share` and nowhere else.
+    """
     samples = [sample for group in groups for sample in group if sample.status != "aborted"]
     judged = [sample for sample in samples if sample.reward is not None]
     if not judged:
-        return {}
+        return {"failure_share": 1.0, "num_samples": float(len(samples))} if samples else {}
+    judged_groups = [each for group in groups if (each := [sample for sample in group if sample.reward is not None])]
     record = {
         "reward": _mean([sample.reward or 0.0 for sample in judged]),
         "response_length": _mean([float(sample.num_generated) for sample in samples]),
@@ -22,14 +26,14 @@ def rollout_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, f
         "faulty_share": _mean([float(sample.metadata["faulty"]) for sample in judged]),
         "repetition_rate": _mean([sample.metadata["repetition_rate"] for sample in judged]),
         "language_mixing_rate": _mean([sample.metadata["language_mixing_rate"] for sample in judged]),
-        "informative_share": _mean([float(len({each.reward for each in group}) > 1) for group in groups]),
+        "informative_share": _mean([float(len({each.reward for each in group}) > 1) for group in judged_groups]),
         "staleness": _mean([float(weight_version - sample.weight_version) for sample in samples]),
         "num_samples": float(len(samples)),
         "generated_tokens": float(sum(sample.num_generated for sample in samples)),
     }
     record |= {f"part/{name}": value for name, value in _parts(judged).items()}
     record |= {f"reward/{name}": value for name, value in _domains(judged).items()}
-    return record | _passes(groups)
+    return record | _passes(judged_groups)
 
 
 def accuracy(groups: Sequence[Group]) -> float:
@@ -60,7 +64,7 @@ def _domains(samples: Sequence[Sample]) -> dict[str, float]:
 
 def _passes(groups: Sequence[Group]) -> dict[str, float]:
     """Unbiased pass@1, and pass@k for the largest power of two that every group has samples for."""
-    counts = [(len(group), sum(map(is_correct, group))) for group in groups if group]
+    counts = [(len(group), sum(map(is_correct, group))) for group in groups]
     smallest = min(size for size, _ in counts)
     largest_k = 1 << (smallest.bit_length() - 1)
     return {f"pass_at_{k}": _mean([pass_at_k(size, right, k) for size, right in counts]) for k in {1, largest_k}}

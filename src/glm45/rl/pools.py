@@ -69,6 +69,7 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
         Engine(model, tokenizer, EngineConfig()) as engine,
         partial.open("a", encoding="utf-8") as sink,
     ):
+        rewards.prove(task.verifier for task in tasks)
         rollout = Rollout(InProcessClient(engine), tokenizer, rewards, RolloutConfig())
         for first in range(0, len(waiting), config.prompts_at_once):
             for row in asyncio.run(measure(rollout, waiting[first : first + config.prompts_at_once], config)):

@@ -315,7 +315,7 @@ def _posttrain(options: argparse.Namespace) -> None:
     from glm45.recipes.posttraining import run_posttraining
 
     folder = Path(options.folder or f"runs/{options.recipe}")
-    print(json.dumps(run_posttraining(options.recipe, folder, options.overrides, options.only), indent=1))
+    print(run_posttraining(options.recipe, folder, options.overrides, options.only))
 
 
 def define_eval(parser: argparse.ArgumentParser) -> None:

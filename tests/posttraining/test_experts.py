@@ -72,7 +72,9 @@ def test_a_tiny_run_goes_through_every_step(tmp_path):
     overrides += ["trajectories.num_prompts=8", "trajectories.rejection.min_reward=0", "rl.evaluation.num_tasks=8"]
     for expert in range(3):
         overrides += [f"experts.{expert}.{name}" for name in ("base_count=100", "cold_start_count=60", "rl_steps=1")]
-    figures = run_posttraining("experts", tmp_path, overrides)
+    table = run_posttraining("experts", tmp_path, overrides)
+    figures = json.loads((tmp_path / "steps" / "comparison" / "comparison.json").read_text())
+    assert all(f"| {name} " in table for name in figures)
     assert set(figures) == {"reasoning", "tool", "general"}
     lineage = json.loads((tmp_path / "lineage.json").read_text())
     assert set(lineage) == {step.name for step in posttraining_steps("experts", overrides)}

@@ -97,6 +97,9 @@ class ExpertIteration:
     """Updates of the last RL pass on the mix; 0 leaves it out."""
     penalties: PenaltyConfig = PenaltyConfig(format=0.5, repetition=0.5, language_mixing=0.5)
     """Penalties of the last pass (report section 3.4, pathology RL). Sizes are not in the report."""
+    comparison_samples: int = 8
+    """Answers to each held-out prompt, at temperature 1, when the unified model is compared with the experts. Not in
+    the report."""
     seed: int = 0
     """Root seed."""
 
@@ -144,8 +147,8 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
         last = "final-rl"
     experts = {expert.name: expert.domain for expert in config.experts}
     needs = ("tasks", *(f"{expert.name}-rl" for expert in config.experts), last)
-    steps.append(_step("comparison", {"experts": experts, "unified": last, "rl": to_dict(config.rl), **shared}, needs))
-    return steps
+    compared = {"experts": experts, "unified": last, "rl": to_dict(config.rl), "num_samples": config.comparison_samples}
+    return [*steps, _step("comparison", {**compared, **shared}, needs)]
 
 
 def _base(config: ExpertIteration) -> Step:

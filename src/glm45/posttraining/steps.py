@@ -5,7 +5,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from glm45.model import hub
 from glm45.model.config import ModelConfig
 from glm45.pipeline import Context
 from glm45.posttraining.coldstart import ColdStartConfig, cold_start
+from glm45.posttraining.comparison import Retention, arms_table, compare_arms, retention, retention_table
 from glm45.posttraining.conversations import (
     Conversation,
     ModeBalance,
@@ -40,14 +41,12 @@ from glm45.posttraining.selection import drop_shorter_prompts, group_by_prompt, 
 from glm45.posttraining.sft import SFTConfig, fine_tune
 from glm45.rl.config import RLConfig
 from glm45.rl.driver import run_rl
-from glm45.rl.metrics import accuracy
 from glm45.rl.pool import Group
 from glm45.rl.pools import PoolsConfig, measure_pools
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.seeds import derive_seed
 from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
-from glm45.training.metrics import read_record
 
 FAMILIES: dict[str, Callable[[int, int], Iterator[Task]]] = {
     "arithmetic": arithmetic_tasks,
@@ -131,11 +130,12 @@ def expert_cold_start(context: Context) -> None:
 
 
 def expert_rl(context: Context) -> None:
-    """Train the step's input model by RL on the tasks of one domain or several."""
+    """Train the step's input model by RL on the tasks of one domain, or on as many of each of several."""
     for split in ("train", "held_out"):
-        with (context.folder / f"{split}.jsonl").open("w") as sink:
-            for domain in context.config["domains"]:
-                sink.write((context.inputs["tasks"] / f"{domain}.{split}.jsonl").read_text())
+        files = [context.inputs["tasks"] / f"{domain}.{split}.jsonl" for domain in context.config["domains"]]
+        sets = [list(read_tasks(file)) for file in files]
+        fewest = min(map(len, sets))
+        write_tasks(context.folder / f"{split}.jsonl", [task for tasks in sets for task in tasks[:fewest]])
     measured = context.inputs.get("pools")
     config = dataclasses.replace(
         from_dict(RLConfig, {**context.config["rl"], "pools": str(measured / "pools.json") if measured else ""}),
@@ -199,33 +199,24 @@ def comparison(context: Context) -> None:
     """Compare the unified model with each expert on the expert's held-out tasks, in the mode that belongs to them."""
     config = context.config
     rl = from_dict(RLConfig, config["rl"])
-    sampling = Sampling(1, rl.lengths.full, 0.0, 0)
-    scores: dict[str, dict[str, float]] = defaultdict(dict)
+    sampling = Sampling(config["num_samples"], rl.lengths.full, 1.0, derive_seed(config["seed"], "comparison"))
+    rows: dict[str, Retention] = {}
     for name, domain in config["experts"].items():
         held_out = list(read_tasks(context.inputs["tasks"] / f"{domain}.held_out.jsonl"))
-        for model in (f"{name}-rl", config["unified"]):
-            groups = sample_groups(context.inputs[model] / "model", held_out, sampling, rl)
-            scores[name][model] = accuracy(groups)
-        scores[name]["retention"] = scores[name][config["unified"]] / max(scores[name][f"{name}-rl"], 1e-9)
-    _write_json(context.folder / "comparison.json", scores)
+        expert, unified = (
+            sample_groups(context.inputs[model] / "model", held_out, sampling, rl)
+            for model in (f"{name}-rl", config["unified"])
+        )
+        rows[name] = retention(expert, unified)
+    _write_json(context.folder / "comparison.json", {name: dataclasses.asdict(row) for name, row in rows.items()})
+    (context.folder / "comparison.md").write_text(retention_table(rows))
 
 
 def arms(context: Context) -> None:
-    """Put the runs of an experiment beside each other: first and last held-out figures and what they cost."""
-    rows = {}
-    for name, folder in context.inputs.items():
-        record = read_record(folder)
-        looked = [row for row in record if "held_out_greedy" in row]
-        rows[name] = {
-            **{f"{key}, before": value for key, value in looked[0].items() if key.startswith("held_out")},
-            **{f"{key}, after": value for key, value in looked[-1].items() if key.startswith("held_out")},
-            "updates": len(record) - 1,
-            "samples": sum(row.get("num_samples", 0) for row in record),
-            "generated_tokens": sum(row.get("generated_tokens", 0) for row in record),
-            "truncation": sum(row.get("truncation", 0) for row in record) / max(len(record) - 1, 1),
-            "alarms": sorted({alarm.split(":")[0].split("?")[0] for row in record for alarm in row.get("alarms", [])}),
-        }
+    """Put the runs of an experiment beside each other: what they reached and what that cost."""
+    rows = compare_arms(context.inputs)
     _write_json(context.folder / "arms.json", rows)
+    (context.folder / "arms.md").write_text(arms_table(rows))
 
 
 def sample_groups(policy: Path, prompts: list[Task], sampling: Sampling, rl: RLConfig) -> list[Group]:

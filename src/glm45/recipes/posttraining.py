@@ -16,10 +16,10 @@ from glm45.corpus.arithmetic import ArithmeticConfig
 from glm45.model.config import ModelConfig
 from glm45.pipeline import Pipeline, Step
 from glm45.posttraining.coldstart import ColdStartConfig
-from glm45.posttraining.experts import Expert, ExpertIteration, expert_iteration_steps
+from glm45.posttraining.experts import Expert, ExpertIteration, TrajectoryConfig, expert_iteration_steps
 from glm45.posttraining.sft import SFTConfig
 from glm45.recipes.display import RunDisplay
-from glm45.rl.config import LossConfig, RLConfig
+from glm45.rl.config import LossConfig, RLConfig, RLEvaluationConfig
 from glm45.rl.curriculum import CurriculumStage, LengthSchedule, PoolThresholds
 from glm45.rl.pools import PoolsConfig
 from glm45.rl.temperature import TemperatureConfig
@@ -70,20 +70,32 @@ def experts() -> ExpertIteration:
         sequence_length=384,
         batch_tokens=3072,
         router_bias_rate=0.0,
+        epochs=1.0,
     )
     return ExpertIteration(
         name="experts",
         base_shape=SHAPE,
         base_sft=dataclasses.replace(FROM_NOTHING, sequence_length=384, batch_tokens=3072),
         experts=(
-            Expert(name="reasoning", domain="arithmetic", base_count=24_000),
-            Expert(name="tool", domain="tools"),
-            Expert(name="general", domain="instructions", base_count=8000),
+            Expert(name="reasoning", domain="arithmetic", base_count=12_000, rl_steps=20),
+            # A prompt with its three tools is 300 tokens long, ten times the others.
+            Expert(name="tool", domain="tools", base_count=2000, cold_start_count=500, rl_steps=15),
+            Expert(name="general", domain="instructions", base_count=8000, rl_steps=20),
         ),
-        cold_start=ColdStartConfig(arithmetic=PROBLEMS),
+        cold_start=ColdStartConfig(arithmetic=dataclasses.replace(PROBLEMS, max_digits=2)),
         cold_start_sft=gentle,
         overall_sft=gentle,
-        rl=RLConfig(name="expert", policy="", tasks="", held_out="", lengths=LengthSchedule(caps=((0, 64),))),
+        replay_count=1000,
+        rl=RLConfig(
+            name="expert",
+            policy="",
+            tasks="",
+            held_out="",
+            stages=(CurriculumStage(prompts_per_step=16, samples_per_prompt=8),),
+            lengths=LengthSchedule(caps=((0, 64),)),
+            evaluation=RLEvaluationConfig(num_tasks=64, num_samples=2),
+        ),
+        trajectories=TrajectoryConfig(num_prompts=600),
     )
 
 
@@ -105,10 +117,14 @@ def curriculum(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> l
         ("policy", "tasks"),
         seconds=300,
     )
+    by_digits = RLEvaluationConfig(by="num_digits")
+    stages = {
+        "moderate-only": (CurriculumStage(pool="moderate"),),
+        "moderate-then-hard": (stage, hard),
+        "hard-only": (hard,),
+    }
     runs = {
-        "moderate-only": _rl(steps=steps, pools="measured", stages=(CurriculumStage(pool="moderate"),)),
-        "moderate-then-hard": _rl(steps=steps, pools="measured", stages=(stage, hard)),
-        "hard-only": _rl(steps=steps, pools="measured", stages=(hard,)),
+        name: _rl(steps=steps, pools="measured", stages=each, evaluation=by_digits) for name, each in stages.items()
     }
     start = _start(seed, problems, conversations, num_tasks=800)
     arms = [_arm(name, seed, config, ("pools",)) for name, config in runs.items()]
@@ -168,8 +184,8 @@ def posttraining_steps(name: str, overrides: Sequence[str]) -> list[Step]:
     return RECIPES[name](**values)
 
 
-def run_posttraining(name: str, folder: Path, overrides: Sequence[str], only: Sequence[str] = ()) -> dict[str, Any]:
-    """Bring a post-training run up to date, write its lineage, and return its last step's figures.
+def run_posttraining(name: str, folder: Path, overrides: Sequence[str], only: Sequence[str] = ()) -> str:
+    """Bring a post-training run up to date, write its lineage, and return its last step's table, if that was run.
 
     Raises what `posttraining_steps` raises, and StepError if a step fails.
     """
@@ -178,8 +194,8 @@ def run_posttraining(name: str, folder: Path, overrides: Sequence[str], only: Se
         pipeline.run(only=only, watch=display.watch)
     (folder / "lineage.json").write_text(json.dumps(pipeline.lineage(), indent=1) + "\n")
     last = list(pipeline.steps)[-1]
-    figures = pipeline.folder_of(last) / f"{last}.json"
-    return json.loads(figures.read_text()) if figures.exists() else {}
+    table = pipeline.folder_of(last) / f"{last}.md"
+    return table.read_text() if table.exists() else ""
 
 
 def _comparison(seed: int, problems: ArithmeticConfig, conversations: int, runs: dict[str, RLConfig]) -> list[Step]:

@@ -105,6 +105,8 @@ class RLEvaluationConfig:
     """Held-out prompts. Not in the report."""
     num_samples: int = 4
     """Samples of each prompt at temperature 1, besides the greedy one. Report: 32 (Avg@32)."""
+    by: str = ""
+    """Key of the tasks' metadata, such as `num_digits`, by whose values sampled accuracy is told apart as well."""
 
 
 @configuration

@@ -72,7 +72,7 @@ async def _run(
     say: Say,
 ) -> None:
     config = state.config
-    held_out = HeldOut(rollout, state.held_out_tasks, config.evaluation.num_samples, config.seed)
+    held_out = HeldOut(rollout, state.held_out_tasks, config.evaluation, config.seed)
     await client.update_weights(None, version=state.step)
     if not state.rows:
         state.rows.append({"step": 0, **await held_out.evaluate(config.lengths.full, config.lengths.cap(0))})

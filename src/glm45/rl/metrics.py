@@ -1,5 +1,6 @@
 """What a step's rollouts say in numbers: over all groups made, dropped ones too."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -40,6 +41,13 @@ def accuracy(groups: Sequence[Group]) -> float:
     """Return the share of right answers (part `correct`, or a reward of 1); unjudged ones count as wrong."""
     samples = [sample for group in groups for sample in group]
     return _mean([float(is_correct(sample)) for sample in samples])
+
+
+def accuracy_error(groups: Sequence[Group]) -> float:
+    """Return the standard error of `accuracy` over prompts: samples of one prompt are not independent."""
+    shares = [accuracy([group]) for group in groups]
+    mean = _mean(shares)
+    return math.sqrt(sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1) / len(shares))
 
 
 def is_correct(sample: Sample) -> bool:

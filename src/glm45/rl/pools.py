@@ -23,6 +23,7 @@ from glm45.model import hub
 from glm45.rl.config import RolloutConfig
 from glm45.rl.curriculum import PoolThresholds
 from glm45.rl.metrics import is_correct
+from glm45.rl.pool import Group
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.seeds import derive_seed
 from glm45.text.tokenizer import Tokenizer
@@ -85,6 +86,7 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
         "counts": {name: len(members) for name, members in pools.items()},
         "unverified": len(every_task) - len(tasks),
         "samples": sum(row["num_samples"] for row in done.values()),
+        "generated_tokens": sum(row["generated_tokens"] for row in done.values()),
         "failures": dict(sum((Counter(row["failures"]) for row in done.values()), Counter())),
         "pools": pools,
         "measurements": [done[task.task_id] for task in tasks],
@@ -97,44 +99,37 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
 async def measure(rollout: Rollout, prompts: Sequence[tuple[int, Task]], config: PoolsConfig) -> list[dict[str, Any]]:
     """Sample prompts, each with its number in the task set, shallowly, and those without a right answer deeply."""
     thresholds = config.thresholds
-    shallow = await _count(rollout, prompts, thresholds.num_samples, config, "shallow")
+
+    async def sample(prompts: Sequence[tuple[int, Task]], num_samples: int, purpose: str) -> list[Group]:
+        seed = derive_seed(config.seed, purpose)
+        sampling = Sampling(num_samples, config.max_tokens, config.temperature, seed)
+        return await rollout.make_groups(prompts, sampling)
+
     rows: list[dict[str, Any]] = []
-    for (_, task), (right, judged, failures) in zip(prompts, shallow, strict=True):
+    for group in await sample(prompts, thresholds.num_samples, "shallow"):
+        row = _counts(group)
         # Samples that could not be judged are no samples; fewer than k of them say nothing about pass@k.
-        pool = thresholds.classify(right, num_samples=judged) if judged >= thresholds.k else "unsolved"
-        row: dict[str, Any] = {
-            "task_id": task.task_id,
-            "pool": pool,
-            "num_samples": thresholds.num_samples,
-            "num_correct": right,
-        }
-        rows.append({**row, "failures": failures})
+        judged = len(group) - len(row["failures"])
+        pool = thresholds.classify(row["num_correct"], num_samples=judged) if judged >= thresholds.k else "unsolved"
+        rows.append({"task_id": group[0].task.task_id, "pool": pool, **row})
     deeper = [place for place, row in enumerate(rows) if row["pool"] == "deeper"]
     extra = thresholds.hard_k - thresholds.num_samples
-    counts = await _count(rollout, [prompts[place] for place in deeper], extra, config, "deep")
-    for place, (right, _, failures) in zip(deeper, counts, strict=True):
+    groups = await sample([prompts[place] for place in deeper], extra, "deep") if extra else [[] for _ in deeper]
+    for place, group in zip(deeper, groups, strict=True):
         row = rows[place]
-        row["failures"] += failures
-        row |= {"num_samples": thresholds.hard_k, "num_correct": right, "pool": "hard" if right else "unsolved"}
+        row |= {name: row[name] + more for name, more in _counts(group).items()}
+        row["pool"] = "hard" if row["num_correct"] else "unsolved"
     return rows
 
 
-async def _count(
-    rollout: Rollout, prompts: Sequence[tuple[int, Task]], num_samples: int, config: PoolsConfig, purpose: str
-) -> list[tuple[int, int, list[str]]]:
-    """Return for each prompt the right and the judged samples, and the kinds of failures."""
-    if not num_samples:
-        return [(0, 0, [])] * len(prompts)
-    seed = derive_seed(config.seed, purpose)
-    groups = await rollout.make_groups(prompts, Sampling(num_samples, config.max_tokens, config.temperature, seed))
-    return [
-        (
-            sum(map(is_correct, group)),
-            sum(sample.reward is not None for sample in group),
-            [sample.metadata["failure"]["kind"] for sample in group if sample.status == "failed"],
-        )
-        for group in groups
-    ]
+def _counts(group: Group) -> dict[str, Any]:
+    """Return what a group of samples of one prompt adds to its measurement."""
+    return {
+        "num_samples": len(group),
+        "num_correct": sum(map(is_correct, group)),
+        "generated_tokens": sum(sample.num_generated for sample in group),
+        "failures": [sample.metadata["failure"]["kind"] for sample in group if sample.status == "failed"],
+    }
 
 
 def _read_partial(path: Path, config: PoolsConfig) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,7 @@ def task(verifier: str = "hostile_verifier:Hostile") -> Task:
     return Task(task_id="t", verifier=verifier, messages=[user("?")], answer=None)
 
 
+@pytest.mark.slow
 def test_failures_are_typed_counted_and_survived(workers):
     assert workers.score(task(), assistant("good")) == Reward(1.0, {"correct": 1.0})
     for what, kind in (

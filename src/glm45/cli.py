@@ -207,9 +207,10 @@ def _chat(options: argparse.Namespace) -> None:
 
         chat(options.target, override(ServeConfig(), options.overrides))
         return
+    from glm45.config import read_json
     from glm45.text import debug
 
-    tools = debug.read_json(options.tools) if options.tools else None
+    tools = read_json(options.tools) if options.tools else None
     if options.target == "parse":
         result = debug.parsed(sys.stdin.read(), tools, options.reasoning_open)
     else:
@@ -217,7 +218,7 @@ def _chat(options: argparse.Namespace) -> None:
             raise ValueError("chat render needs --messages FILE, and with --ids also --tokenizer PATH")
         thinking = False if options.no_think else None
         tokenizer = options.tokenizer if options.ids else None
-        result = debug.rendered(debug.read_json(options.messages), tools, thinking, options.dialect, tokenizer)
+        result = debug.rendered(read_json(options.messages), tools, thinking, options.dialect, tokenizer)
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
@@ -291,10 +292,9 @@ def _rl_pools(options: argparse.Namespace) -> None:
 
 
 def _rl_run(options: argparse.Namespace) -> None:
-    from glm45.config import from_dict, override
+    from glm45.config import from_dict, override, read_json
     from glm45.rl.config import RLConfig
     from glm45.rl.driver import run_rl
-    from glm45.text.debug import read_json
 
     values = read_json(options.config)
     named = {"name": Path(options.config).stem, **values} if isinstance(values, dict) else values

@@ -55,6 +55,14 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     return from_dict(type(config), values)
 
 
+def read_json(path: str | Path) -> Any:
+    """Return the JSON of a file. Raises ValueError with the file's name where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
 def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)

@@ -33,7 +33,7 @@ def test_prompts_are_classified_by_their_thresholds():
     ]
     assert thresholds.classify(4, num_samples=12) == "moderate"
     assert thresholds.classify(5, num_samples=12) == "easy"
-    with pytest.raises(ValueError, match="need k < num_samples"):
+    with pytest.raises(ValueError, match="need 1 <= k < num_samples"):
         PoolThresholds(num_samples=8)
 
 

@@ -5,16 +5,18 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from glm45.config import to_dict
-from glm45.environments.protocol import Task, user
+from glm45.environments.protocol import Failure, Task, user
 from glm45.environments.tasks import write_tasks
 from glm45.model import hub
 from glm45.rl.config import LossConfig, RLConfig, RLEvaluationConfig, RolloutConfig
 from glm45.rl.curriculum import CurriculumStage, LengthSchedule
-from glm45.rl.state import open_run, read_task_files
+from glm45.rl.driver import require_judgement
+from glm45.rl.state import open_run, pool_members, read_task_files
 from glm45.rl.temperature import TemperatureConfig
 
 # Runs the driver once for each "FOLDER PART NUMBER" argument, in a child that ends by SIGKILL the so-many-th time that
@@ -153,6 +155,42 @@ def test_a_prompt_in_both_files_is_refused(config, tmp_path):
     write_tasks(tmp_path / "held_out.jsonl", word_tasks(19, 3))
     with pytest.raises(ValueError, match="1 prompts are in both"):
         read_task_files(config)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("hello", "line 1: not a task: Expecting value"),
+        ("null", "line 1: not a task: Task = None: expected the fields"),
+        ('{"task_id": "1", "verifier": "x", "answer": 1}', "missing messages"),
+        ('{"task_id": "1", "verifier": "x", "answer": 1, "messages": "hi"}', "messages = 'hi': expected list"),
+        ('{"task_id": "1", "verifier": 7, "answer": 1, "messages": []}', "verifier = 7: expected str"),
+        ("\xff", "line 1: not a task: 'utf"),
+    ],
+)
+def test_a_line_that_is_no_task_is_refused_with_its_number(config, line, said):
+    Path(config.tasks).write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=said):
+        read_task_files(config)
+
+
+def test_a_file_that_holds_no_pools_is_refused(tmp_path):
+    (tmp_path / "pools.json").write_text('{"pools": {"hard": ["1", "2"]}}')
+    assert pool_members(str(tmp_path / "pools.json"), "hard") == {"1", "2"}
+    with pytest.raises(ValueError, match="has no moderate pool: name the file that `glm45 rl pools` wrote"):
+        pool_members(str(tmp_path / "pools.json"), "moderate")
+
+
+def test_a_run_whose_answers_can_none_of_them_be_judged_stops(groups):
+    samples = [sample for group in groups for sample in group]
+    for sample in samples[1:]:
+        sample.judge(Failure("error", "KeyError: 'gold'"))
+    require_judgement(groups)
+    samples[0].judge(Failure("error", "KeyError: 'first'"))
+    with pytest.raises(
+        ValueError, match=f"none of {len(samples)} answers could be judged; the first: error, KeyError: 'fi"
+    ):
+        require_judgement(groups)
 
 
 def test_only_expert_verified_science_is_kept_when_asked(config, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from glm45.config import from_dict
 from glm45.environments.protocol import Task
 
 
@@ -22,14 +23,15 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> int:
 def read_tasks(path: str | Path) -> Iterator[Task]:
     """Read tasks; `thinking`, `tools` and `metadata` may be left out.
 
-    Raises ValueError with the line's number for unknown or missing fields and for a task id that occurs twice.
+    Raises ValueError with the line's number for fields that are unknown, missing or of a wrong type, and for a task id
+    that occurs twice.
     """
     seen: set[str] = set()
-    with open(path, encoding="utf-8") as source:
+    with open(path, "rb") as source:
         for number, line in enumerate(source, start=1):
             try:
-                task = Task(**json.loads(line))
-            except (TypeError, json.JSONDecodeError) as error:
+                task = from_dict(Task, json.loads(line))
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not a task: {error}") from None
             if task.task_id in seen:
                 raise ValueError(f"{path}, line {number}: task id {task.task_id!r} occurred before")

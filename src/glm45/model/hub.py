@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from glm45.config import read_json
 from glm45.model.config import ModelConfig
 from glm45.model.transformer import Glm45
 
@@ -124,10 +125,7 @@ def load_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no checkpoint: there is no config.json in it")
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    values = read_json(file)
     try:
         return ModelConfig.from_hub(values)
     except ValueError as error:

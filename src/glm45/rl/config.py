@@ -56,9 +56,15 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.clip_low < 0 or self.clip_low >= 1 or self.clip_high < 0 or self.mismatch_cap < 0:
-            raise ValueError(f"clip_low {self.clip_low}, clip_high {self.clip_high}, mismatch_cap {self.mismatch_cap}")
+            raise ValueError(
+                f"clip_low = {self.clip_low}, clip_high = {self.clip_high}, mismatch_cap = {self.mismatch_cap}: "
+                "clip_low lies between 0 and 1, the others are at least 0"
+            )
         if self.num_minibatches < 1 or self.micro_batch_tokens < 2 or self.lr <= 0:
-            raise ValueError("num_minibatches, micro_batch_tokens - 1 and lr must be above 0")
+            raise ValueError(
+                f"num_minibatches = {self.num_minibatches}, micro_batch_tokens = {self.micro_batch_tokens}, "
+                f"lr = {self.lr}: need at least 1, at least 2 and above 0"
+            )
 
 
 @configuration
@@ -107,6 +113,13 @@ class RLEvaluationConfig:
     """Samples of each prompt at temperature 1, besides the greedy one. Report: 32 (Avg@32)."""
     by: str = ""
     """Key of the tasks' metadata, such as `num_digits`, by whose values sampled accuracy is told apart as well."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.num_tasks, self.num_samples) < 1:
+            raise ValueError(
+                f"evaluation: every = {self.every}, num_tasks = {self.num_tasks}, num_samples = {self.num_samples}: "
+                "all at least 1"
+            )
 
 
 @configuration

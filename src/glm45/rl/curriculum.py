@@ -37,10 +37,10 @@ class PoolThresholds:
     """A prompt with pass@k = 0 is sampled this often in all; hard if any of them is right (report section 3.2)."""
 
     def __post_init__(self) -> None:
-        if not self.k < self.num_samples <= self.hard_k:
+        if not 1 <= self.k < self.num_samples <= self.hard_k:
             raise ValueError(
                 f"thresholds k = {self.k}, num_samples = {self.num_samples}, hard_k = {self.hard_k}: "
-                "need k < num_samples <= hard_k"
+                "need 1 <= k < num_samples <= hard_k"
             )
 
     def classify(self, num_correct: int, num_samples: int | None = None) -> str:

@@ -9,7 +9,7 @@ Killed at any moment, the same command goes on from the newest checkpoint and wr
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from glm45.rl.config import RLConfig
 from glm45.rl.evaluation import HeldOut
 from glm45.rl.health import alarms
 from glm45.rl.metrics import rollout_metrics
+from glm45.rl.pool import Group
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.rl.state import RLState, open_run
 from glm45.seeds import derive_seed
@@ -83,6 +84,7 @@ async def _run(
         started = time.perf_counter()
         sampling = Sampling(stage.samples_per_prompt, cap, state.temperature.value, derive_seed(config.seed, "rollout"))
         made = await rollout.fill(state.pool, stage.prompts_per_step, sampling)
+        require_judgement(made)
         groups = state.pool.take(stage.prompts_per_step, weight_version=state.step)
         record: dict[str, Any] = {"step": state.step + 1, "stage": state.curriculum.index, "cap": cap}
         record |= {"temperature": sampling.temperature, "groups": len(groups)}
@@ -103,6 +105,16 @@ async def _run(
         say(_line(record, time.perf_counter() - started))
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
             state.save(checkpoints, metrics.length)
+
+
+def require_judgement(made: Sequence[Group]) -> None:
+    """Raise ValueError if no answer of a step could be judged: nothing can be learnt until the cause is mended."""
+    failures = [sample.metadata["failure"] for group in made for sample in group if sample.status == "failed"]
+    if failures and len(failures) == sum(map(len, made)):
+        raise ValueError(
+            f"none of {len(failures)} answers could be judged; the first: {failures[0]['kind']}, "
+            f"{failures[0]['detail']}; mend the cause and run the same command to go on"
+        )
 
 
 async def _choose_temperature(state: RLState, held_out: HeldOut, record: dict[str, Any], cap: int) -> None:

@@ -60,11 +60,13 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
     out = Path(out)
     every_task = list(read_tasks(config.tasks))
     tasks = [task for task in every_task if task.metadata.get("verified_answer", True)]
+    if not tasks:
+        raise ValueError(f"{config.tasks} has {len(every_task)} tasks, none with a verified answer: nothing to measure")
+    tokenizer = Tokenizer.load(config.policy)
+    model = hub.load(config.policy, dtype=torch.float32).eval()
     partial = out.with_name(out.name + ".partial")
     done = _read_partial(partial, config)
     waiting = [(number, task) for number, task in enumerate(tasks) if task.task_id not in done]
-    tokenizer = Tokenizer.load(config.policy)
-    model = hub.load(config.policy, dtype=torch.float32).eval()
     with (
         RewardWorkers(config.rewards) as rewards,
         Engine(model, tokenizer, EngineConfig()) as engine,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glm45.config import to_dict
+from glm45.config import read_json, to_dict
 from glm45.environments.protocol import Task
 from glm45.environments.science import expert_verified_only
 from glm45.environments.tasks import prompt_text, read_tasks
@@ -55,7 +55,7 @@ class RLState:
         name = self.curriculum.stage.pool
         tasks: Sequence[Task] = self.train_tasks
         if name != "all":
-            members = set(json.loads(Path(self.config.pools).read_text())["pools"][name])
+            members = pool_members(self.config.pools, name)
             tasks = [task for task in tasks if task.task_id in members]
             if not tasks:
                 raise ValueError(f"{self.config.pools}: no training task is in the {name} pool")
@@ -92,6 +92,14 @@ class RLState:
         self.pool = self.new_pool()
         self.pool.load_state_dict(state["pool"])
         return problems
+
+
+def pool_members(path: str, name: str) -> set[str]:
+    """Return the ids of a pool's tasks. Raises ValueError if `path` is not what `glm45 rl pools` wrote."""
+    try:
+        return set(read_json(path)["pools"][name])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} has no {name} pool: name the file that `glm45 rl pools` wrote") from None
 
 
 def read_task_files(config: RLConfig) -> tuple[list[Task], list[Task]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from glm45.config import from_dict
+from glm45.config import from_dict, read_json
 from glm45.model import hub
 from glm45.model.transformer import Glm45
 from glm45.serving.plan import SamplingDefaults
@@ -54,10 +54,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         return {}
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    values = read_json(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
     return values

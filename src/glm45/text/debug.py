@@ -1,21 +1,11 @@
 """What `glm45 chat render` and `glm45 chat parse` print, for people who debug templates."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from glm45.text.chat import DialectName, render, render_tokens
 from glm45.text.parsing import parse
 from glm45.text.tokenizer import Tokenizer
-
-
-def read_json(path: str) -> Any:
-    """Return the JSON of a file. Raises ValueError with the file's name where it is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def rendered(

@@ -47,5 +47,9 @@ def test_unknown_families_and_levels_are_refused():
         next(reasoning_gym_tasks("chain_sums", seed=1, count=1))
     with pytest.raises(ValueError, match="level 99"):
         level_options("chain_sum", 99)
+    with pytest.raises(ValueError, match=r"caesar_cipher refuses level 2 .*rotation must be in range"):
+        next(reasoning_gym_tasks("caesar_cipher", seed=1, count=1, level=2))
+    with pytest.raises(ValueError, match=r"chain_sum refuses level None with options \{'digits': 9}"):
+        next(reasoning_gym_tasks("chain_sum", seed=1, count=1, options={"digits": 9}))
     with pytest.raises(ValueError, match="no short prompt"):
         next(reasoning_gym_tasks("maze", seed=1, count=1, short_prompt=True))

@@ -1,10 +1,14 @@
 """Mathematics with a known answer, compared by `math-verify`: 1/2, 0.5 and \\frac{1}{2} are one number."""
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from glm45.environments.protocol import Message, Reward, Task, assistant, final_answer, user
+
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+"""A word that is no LaTeX command: text without one is mathematics from end to end."""
 
 
 def mathematics_task(task_id: str, question: str, answer: str, metadata: dict[str, Any] | None = None) -> Task:
@@ -34,7 +38,9 @@ class MathematicsVerifier:
         if not reference:
             raise ValueError(f"task {task.task_id!r}: the reference {task.answer!r} cannot be read as mathematics")
         text = final_answer(response)
-        given = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
+        # In text without dollar signs the library looks for a last number alone: of "(1, 2)" it finds the 2.
+        spelt = f"${text}$" if "$" not in text and not WORD.search(text) else text
+        given = parse(spelt, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
         correct = float(bool(given) and verify(reference, given, timeout_seconds=None))
         return Reward(correct, {"correct": correct, "readable": float(bool(given))})
 
@@ -47,3 +53,7 @@ class MathematicsVerifier:
         yield root, assistant(r"$\sqrt{8}$"), assistant(r"$\sqrt{6}$")
         pair = mathematics_task("pair", "Solve x^2 = 4.", r"\{-2, 2\}")
         yield pair, assistant(r"$\{2, -2\}$"), assistant(r"$\{2\}$")
+        point = mathematics_task("point", "Where do they meet?", "(1, 2)")
+        yield point, assistant("(1, 2)"), assistant("(2, 1)")
+        two = mathematics_task("two", "What is 1 + 1?", "2")
+        yield two, assistant("The answer is 2."), assistant("0, 1, 2")

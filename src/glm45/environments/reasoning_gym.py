@@ -62,7 +62,8 @@ def reasoning_gym_tasks(
 ) -> Iterator[Task]:
     """Yield `count` entries of a family, at a level of its curriculum or with options (JSON values) of its own.
 
-    Raises ValueError for an unknown family, and for a short prompt that is not in SHORT_PROMPTS.
+    Raises ValueError for an unknown family, a level or options that it refuses, and a short prompt that is not in
+    SHORT_PROMPTS.
     """
     if family not in family_names():
         raise ValueError(f"reasoning-gym has no family {family!r}; see family_names()")
@@ -107,6 +108,10 @@ def _dataset(recipe: str) -> Any:
 
     parts = json.loads(recipe)
     options = level_options(parts["family"], parts["level"]) if parts["level"] is not None else {}
-    return reasoning_gym.create_dataset(
-        parts["family"], seed=parts["seed"], size=parts["size"], **{**options, **parts["options"]}
-    )
+    try:
+        return reasoning_gym.create_dataset(
+            parts["family"], seed=parts["seed"], size=parts["size"], **{**options, **parts["options"]}
+        )
+    except (AssertionError, TypeError) as error:  # some curricula have levels that their own family refuses
+        level, chosen = parts["level"], parts["options"]
+        raise ValueError(f"{parts['family']} refuses level {level} with options {chosen}: {error}") from None

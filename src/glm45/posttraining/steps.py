@@ -10,19 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glm45.config import from_dict
 from glm45.corpus.arithmetic import ArithmeticConfig
-from glm45.engine.clients import InProcessClient
-from glm45.engine.engine import Engine, EngineConfig
 from glm45.environments.arithmetic import arithmetic_tasks
 from glm45.environments.instructions import instruction_tasks
 from glm45.environments.protocol import Task
 from glm45.environments.tasks import read_tasks, split_tasks, write_tasks
 from glm45.environments.tools import tool_tasks
-from glm45.environments.verify import RewardWorkers
-from glm45.model import hub
 from glm45.model.config import ModelConfig
 from glm45.pipeline import Context
 from glm45.posttraining.coldstart import ColdStartConfig, cold_start
@@ -43,7 +37,7 @@ from glm45.rl.config import RLConfig
 from glm45.rl.driver import run_rl
 from glm45.rl.pool import Group
 from glm45.rl.pools import PoolsConfig, measure_pools
-from glm45.rl.rollout import Rollout, Sampling
+from glm45.rl.rollout import Sampling, open_rollout
 from glm45.seeds import derive_seed
 from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
@@ -221,10 +215,7 @@ def arms(context: Context) -> None:
 
 def sample_groups(policy: Path, prompts: list[Task], sampling: Sampling, rl: RLConfig) -> list[Group]:
     """Sample and judge a group for each prompt with the policy in a hub folder."""
-    tokenizer = Tokenizer.load(policy)
-    model = hub.load(policy, dtype=torch.float32).eval()
-    with RewardWorkers(rl.rewards) as rewards, Engine(model, tokenizer, EngineConfig()) as engine:
-        rollout = Rollout(InProcessClient(engine), tokenizer, rewards, rl.rollout)
+    with open_rollout(policy, prompts, rl.rewards, rl.rollout) as rollout:
         return asyncio.run(rollout.make_groups(list(enumerate(prompts)), sampling))
 
 

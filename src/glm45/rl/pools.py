@@ -11,22 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glm45.config import configuration, to_dict
-from glm45.engine.clients import InProcessClient
-from glm45.engine.engine import Engine, EngineConfig
 from glm45.environments.protocol import Task
 from glm45.environments.tasks import read_tasks
-from glm45.environments.verify import RewardConfig, RewardWorkers
-from glm45.model import hub
+from glm45.environments.verify import RewardConfig
 from glm45.rl.config import RolloutConfig
 from glm45.rl.curriculum import PoolThresholds
 from glm45.rl.metrics import is_correct
 from glm45.rl.pool import Group
-from glm45.rl.rollout import Rollout, Sampling
+from glm45.rl.rollout import Rollout, Sampling, open_rollout
 from glm45.seeds import derive_seed
-from glm45.text.tokenizer import Tokenizer
 
 
 @configuration
@@ -55,30 +49,22 @@ class PoolsConfig:
 def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure every task, write `out` and return its contents.
 
-    Raises ValueError if `out` holds, or a partial measurement was begun with, another configuration.
+    Raises ValueError if there is nothing to measure or a partial measurement was begun with another configuration.
     """
     out = Path(out)
     every_task = list(read_tasks(config.tasks))
     tasks = [task for task in every_task if task.metadata.get("verified_answer", True)]
     if not tasks:
         raise ValueError(f"{config.tasks} has {len(every_task)} tasks, none with a verified answer: nothing to measure")
-    tokenizer = Tokenizer.load(config.policy)
-    model = hub.load(config.policy, dtype=torch.float32).eval()
     partial = out.with_name(out.name + ".partial")
-    done = _read_partial(partial, config)
-    waiting = [(number, task) for number, task in enumerate(tasks) if task.task_id not in done]
-    with (
-        RewardWorkers(config.rewards) as rewards,
-        Engine(model, tokenizer, EngineConfig()) as engine,
-        partial.open("a", encoding="utf-8") as sink,
-    ):
-        rewards.prove(task.verifier for task in tasks)
-        rollout = Rollout(InProcessClient(engine), tokenizer, rewards, RolloutConfig())
+    with open_rollout(config.policy, tasks, config.rewards, RolloutConfig()) as rollout:
+        done = _read_partial(partial, config)
+        waiting = [(number, task) for number, task in enumerate(tasks) if task.task_id not in done]
         for first in range(0, len(waiting), config.prompts_at_once):
-            for row in asyncio.run(measure(rollout, waiting[first : first + config.prompts_at_once], config)):
-                done[row["task_id"]] = row
-                sink.write(json.dumps(row) + "\n")
-            sink.flush()
+            rows = asyncio.run(measure(rollout, waiting[first : first + config.prompts_at_once], config))
+            done |= {row["task_id"]: row for row in rows}
+            with partial.open("a", encoding="utf-8") as sink:
+                sink.writelines(json.dumps(row) + "\n" for row in rows)
             say(f"{len(done)} of {len(tasks)} prompts")
     pools: dict[str, list[str]] = {name: [] for name in ("easy", "moderate", "hard", "unsolved")}
     for task in tasks:

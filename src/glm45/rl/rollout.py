@@ -5,18 +5,22 @@ Speaks to any engine client (in-process, SGLang, vLLM); sampled token ids are ke
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from glm45.engine.clients import EngineClient
+from glm45.engine.clients import EngineClient, InProcessClient
+from glm45.engine.engine import Engine, EngineConfig
 from glm45.engine.request import Completion, SamplingParams
 from glm45.environments.formats import format_faults, language_mixing_rate, repetition_rate
 from glm45.environments.protocol import Task
 from glm45.environments.tasks import prompt_text
 from glm45.environments.tokens import prompt_ids, read_answer
-from glm45.environments.verify import RewardWorkers
+from glm45.environments.verify import RewardConfig, RewardWorkers
+from glm45.model import hub
 from glm45.rl.advantages import informative
 from glm45.rl.config import PenaltyConfig, RolloutConfig
 from glm45.rl.pool import Group, Pool
@@ -123,6 +127,18 @@ class Rollout:
             pool.drop(group_id, "uninformative")
         else:
             pool.land(judged)
+
+
+@contextmanager
+def open_rollout(
+    policy: str | Path, tasks: Sequence[Task], rewards: RewardConfig, config: RolloutConfig
+) -> Iterator[Rollout]:
+    """Sample the policy in a hub folder. Raises ValueError if a verifier of `tasks` cannot judge on this machine."""
+    tokenizer = Tokenizer.load(policy)
+    model = hub.load(policy, dtype=torch.float32).eval()
+    with RewardWorkers(rewards) as workers, Engine(model, tokenizer, EngineConfig()) as engine:
+        workers.prove(task.verifier for task in tasks)
+        yield Rollout(InProcessClient(engine), tokenizer, workers, config)
 
 
 def penalise(sample: Sample, config: PenaltyConfig) -> None:

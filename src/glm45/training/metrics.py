@@ -65,7 +65,10 @@ class Metrics:
     def __init__(
         self, folder: Path | None, length: int, first_step: int, *, config: Any, log_every: int, tracker: str
     ) -> None:
-        """Go on from `length` bytes of the log of record and from `first_step`; the tracker is shown `config`."""
+        """Go on from `length` bytes of the log of record, which end with `first_step`.
+
+        `log_every` is of TensorBoard and the tracker, which is shown `config`.
+        """
         self._every = log_every
         self._record = self._timings = self._board = self._tracker = None
         if folder is None:
@@ -74,7 +77,8 @@ class Metrics:
 
         self._record = JsonLines(folder / "metrics.jsonl", length)
         self._timings = JsonLines(folder / "timings.jsonl")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, max_queue=100)
+        lost = first_step + 1 if length else 0  # steps from here on were not saved and will be done again
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=lost, max_queue=100)
         self._tracker = _open_tracker(tracker, folder, to_dict(config))
 
     @property

@@ -6,9 +6,11 @@ import json
 import pytest
 
 from glm45.data.splits import is_held_out
+from glm45.environments.arithmetic import arithmetic_tasks
 from glm45.environments.tools import read_calls
 from glm45.pipeline import Pipeline
 from glm45.posttraining.coldstart import ColdStartConfig, cold_start
+from glm45.posttraining.steps import equal_parts
 from glm45.recipes.posttraining import RECIPES, posttraining_steps
 
 
@@ -54,6 +56,12 @@ def test_experts_share_a_base_and_meet_in_the_overall_set():
     assert needs["final-rl"] == ("overall-sft", "tasks")
     assert set(needs["comparison"]) == {"tasks", "final-rl", *(f"{name}-rl" for name in experts)}
     assert "final-rl" not in {step.name for step in posttraining_steps("experts", ["final_rl_steps=0"])}
+
+
+def test_a_pass_on_several_domains_takes_as_many_prompts_of_each():
+    domains = [list(arithmetic_tasks(1, count)) for count in (5, 3)]
+    assert equal_parts(domains) == [*domains[0][:3], *domains[1]]
+    assert equal_parts(domains[:1]) == domains[0]
 
 
 def test_unknown_recipes_and_overrides_are_refused():

@@ -127,9 +127,7 @@ def expert_rl(context: Context) -> None:
     """Train the step's input model by RL on the tasks of one domain, or on as many of each of several."""
     for split in ("train", "held_out"):
         files = [context.inputs["tasks"] / f"{domain}.{split}.jsonl" for domain in context.config["domains"]]
-        sets = [list(read_tasks(file)) for file in files]
-        fewest = min(map(len, sets))
-        write_tasks(context.folder / f"{split}.jsonl", [task for tasks in sets for task in tasks[:fewest]])
+        write_tasks(context.folder / f"{split}.jsonl", equal_parts([list(read_tasks(file)) for file in files]))
     measured = context.inputs.get("pools")
     config = dataclasses.replace(
         from_dict(RLConfig, {**context.config["rl"], "pools": str(measured / "pools.json") if measured else ""}),
@@ -140,6 +138,12 @@ def expert_rl(context: Context) -> None:
     )
     policy = run_rl(config, context.folder)
     shutil.copytree(policy, context.folder / "model", dirs_exist_ok=True)
+
+
+def equal_parts(domains: list[list[Task]]) -> list[Task]:
+    """Return as many tasks of each domain as the smallest has: a pool draws prompts alike, whatever their domain."""
+    fewest = min(map(len, domains))
+    return [task for tasks in domains for task in tasks[:fewest]]
 
 
 def expert_trajectories(context: Context) -> None:

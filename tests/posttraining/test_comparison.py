@@ -10,14 +10,16 @@ from glm45.posttraining.comparison import arms_table, compare_arms, retention, r
 from glm45.rl.sample import Sample
 
 
-def write_run(folder, scores: dict[int, float], tokens: int, pools: str = "") -> None:
-    """A run of two updates, with an evaluation where `scores` has one."""
+def write_run(folder, scores: dict[int, float], tokens: int, pools: str = "", chosen: int = 0) -> None:
+    """A run of two updates, with an evaluation where `scores` has one; a temperature is chosen after the second."""
     folder.mkdir()
     lines = []
     for step in range(3):
         line = {"step": step} if step == 0 else {"step": step, "generated_tokens": tokens, "num_samples": 4.0}
         if step:
             line |= {"learnt_tokens": 10.0, "truncation": 0.5, "alarms": ["entropy collapse? 1 to 0"] * (step - 1)}
+        if step == 2:
+            line["temperature_choice_tokens"] = chosen
         if step in scores:
             line |= {"held_out_greedy": scores[step], "held_out_greedy_error": 0.02, "held_out_full_cap": 0.5}
         lines.append(json.dumps(line) + "\n")
@@ -31,10 +33,13 @@ def test_arms_are_compared_at_equal_tokens_and_charged_for_their_pools(tmp_path)
     (tmp_path / "pools" / "pools.json").write_text(json.dumps({"samples": 30, "generated_tokens": 60}))
     (tmp_path / "pools" / "step.json").write_text(json.dumps({"cpu_seconds": 5.0}))
     write_run(tmp_path / "cheap", {0: 0.1, 1: 0.2, 2: 0.3}, tokens=50)
-    write_run(tmp_path / "dear", {0: 0.1, 1: 0.4, 2: 0.6}, tokens=40, pools=str(tmp_path / "pools" / "pools.json"))
+    write_run(
+        tmp_path / "dear", {0: 0.1, 1: 0.4, 2: 0.6}, tokens=40, pools=str(tmp_path / "pools" / "pools.json"), chosen=7
+    )
     rows = compare_arms({name: tmp_path / name for name in ("cheap", "dear")})
     assert rows["cheap"]["generated tokens"] == 100
-    assert rows["dear"]["generated tokens"] == 60 + 2 * 40
+    assert rows["dear"]["generated tokens"] == 60 + 2 * 40 + 7
+    assert rows["dear"]["of these for choosing"] == 67
     assert rows["dear"]["core-seconds"] == 12.0
     assert rows["dear"]["samples"] == 8 + 30
     assert rows["dear"]["after"]["greedy"] == {"value": 0.6, "error": 0.02}

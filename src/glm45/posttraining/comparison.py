@@ -1,8 +1,8 @@
 """Models and runs beside each other: what they reached, how sure that is, and what it cost.
 
 Every figure is of one seed: errors are over held-out prompts, not over seeds. Costs are counted in tokens that were
-generated, which depend on no clock, and in core-seconds. Measuring the pools is charged to every run that used them;
-the cold start, the same for all, is not.
+generated, which depend on no clock, and in core-seconds. What a run spent on choosing is charged to it: the measurement
+of the pools that it used, the temperatures that it tried. Evaluations and the cold start, the same for all, are not.
 """
 
 import json
@@ -18,7 +18,8 @@ from glm45.training.metrics import read_record
 
 Row = dict[str, Any]
 SCORES = {"held_out_greedy": "greedy", "held_out_full_cap": "sampled", "held_out_part/careful": "careful traces"}
-COSTS = ("updates", "samples", "generated tokens", "of these for pools", "learnt tokens", "core-seconds")
+CHOOSING = "temperature_choice_tokens"
+COSTS = ("updates", "samples", "generated tokens", "of these for choosing", "learnt tokens", "core-seconds")
 
 
 def compare_arms(folders: Mapping[str, Path]) -> dict[str, Row]:
@@ -38,7 +39,7 @@ def compare_arms(folders: Mapping[str, Path]) -> dict[str, Row]:
             "updates": record[-1]["step"],
             "samples": _total(record, "num_samples") + pools[name]["samples"],
             "generated tokens": spent[name][-1],
-            "of these for pools": pools[name]["generated_tokens"],
+            "of these for choosing": pools[name]["generated_tokens"] + _total(record, CHOOSING),
             "learnt tokens": _total(record, "learnt_tokens"),
             "core-seconds": _core_seconds(folders[name]) + pools[name]["core_seconds"],
             "truncation": _total(record, "truncation") / max(record[-1]["step"], 1),
@@ -66,7 +67,7 @@ def arms_table(rows: Mapping[str, Row]) -> str:
     )
     if len(rows) > 1:
         budget = min(row["generated tokens"] for row in rows.values())
-        notes += f"\nEqual tokens: the last evaluation within {budget:,.0f} generated tokens, the pools' included."
+        notes += f"\nEqual tokens: the last evaluation within {budget:,.0f} generated tokens."
     return f"{notes}\n\n{_aligned(scores)}\n\n{_aligned(costs)}\n"
 
 
@@ -119,7 +120,7 @@ def _tokens_so_far(record: Sequence[Row], charged: int) -> list[int]:
     """Return the tokens generated up to and with each line."""
     spent, tokens = [], charged
     for line in record:
-        tokens += round(line.get("generated_tokens", 0))
+        tokens += round(line.get("generated_tokens", 0)) + line.get(CHOOSING, 0)
         spent.append(tokens)
     return spent
 

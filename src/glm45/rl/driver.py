@@ -120,9 +120,10 @@ def require_judgement(made: Sequence[Group]) -> None:
 async def _choose_temperature(state: RLState, held_out: HeldOut, record: dict[str, Any], cap: int) -> None:
     """On a plateau of the reward, take the highest temperature that costs at most a share of the best accuracy."""
     if state.temperature.due(record.get("reward", 0.0)):
-        accuracies = {value: await held_out.at_temperature(value, cap) for value in state.temperature.candidates}
-        state.temperature.choose(accuracies)
-        record["temperature_choice"] = {str(value): accuracy for value, accuracy in accuracies.items()}
+        tried = {value: await held_out.at_temperature(value, cap) for value in state.temperature.candidates}
+        state.temperature.choose({value: accuracy for value, (accuracy, _) in tried.items()})
+        record["temperature_choice"] = {str(value): accuracy for value, (accuracy, _) in tried.items()}
+        record["temperature_choice_tokens"] = sum(tokens for _, tokens in tried.values())
 
 
 def _write_examples(folder: Path, step: int, held_out: HeldOut) -> None:

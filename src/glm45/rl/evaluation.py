@@ -55,9 +55,10 @@ class HeldOut:
                 record[f"held_out_by/{value}_error"] = accuracy_error(groups)
         return record
 
-    async def at_temperature(self, temperature: float, cap: int) -> float:
-        """Return the sampled accuracy at a temperature."""
-        return accuracy(await self._groups(self._config.num_samples, cap, temperature))
+    async def at_temperature(self, temperature: float, cap: int) -> tuple[float, int]:
+        """Return the sampled accuracy at a temperature, and the tokens that it took to find out."""
+        groups = await self._groups(self._config.num_samples, cap, temperature)
+        return accuracy(groups), sum(sample.num_generated for group in groups for sample in group)
 
     async def _groups(self, num_samples: int, cap: int, temperature: float) -> list[Group]:
         sampling = Sampling(num_samples, cap, temperature, self._seed)

@@ -56,6 +56,18 @@ def test_stale_groups_are_not_learnt_from_and_their_prompts_come_again():
     assert pool.begin()[1] == old
 
 
+def test_groups_that_are_too_old_are_not_counted_on():
+    """Or an update would be short of as many groups as the last step made too many."""
+    pool = Pool(TASKS, 5)
+    for group_id, task in (pool.begin(), pool.begin(), pool.begin()):
+        pool.land(make_group(group_id, task, version=0))
+    assert len(pool.take(2, weight_version=0)) == 2
+    assert pool.num_landed == 1
+    pool.expire(weight_version=1)
+    assert pool.num_landed == 0
+    assert pool.counts["stale"] == 1
+
+
 def test_what_is_not_taken_waits():
     pool = Pool(TASKS, 5)
     for _ in range(3):

@@ -83,6 +83,7 @@ async def _run(
         stage, cap = state.curriculum.stage, config.lengths.cap(state.step)
         started = time.perf_counter()
         sampling = Sampling(stage.samples_per_prompt, cap, state.temperature.value, derive_seed(config.seed, "rollout"))
+        state.pool.expire(state.step)  # or groups too many of the last step would count as there
         made = await rollout.fill(state.pool, stage.prompts_per_step, sampling)
         require_judgement(made)
         groups = state.pool.take(stage.prompts_per_step, weight_version=state.step)

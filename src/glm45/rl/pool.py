@@ -73,8 +73,8 @@ class Pool:
         self._waiting.insert(0, self._leave_flight(group_id))
         self.counts["given_back"] += 1
 
-    def take(self, num_groups: int, weight_version: int) -> list[Group]:
-        """Return up to `num_groups` landed groups, oldest first; stale ones are counted and their prompts wait again.
+    def expire(self, weight_version: int) -> None:
+        """Remove landed groups that are stale for the weights in force, count them, and let their prompts wait again.
 
         A group is stale when its oldest token is more than `max_staleness` versions behind `weight_version`.
         """
@@ -86,7 +86,12 @@ class Pool:
                 self.counts["stale"] += 1
             else:
                 fresh.append(group)
-        taken, self._landed = fresh[:num_groups], fresh[num_groups:]
+        self._landed = fresh
+
+    def take(self, num_groups: int, weight_version: int) -> list[Group]:
+        """Return up to `num_groups` landed groups, oldest first, and none that is stale (see `expire`)."""
+        self.expire(weight_version)
+        taken, self._landed = self._landed[:num_groups], self._landed[num_groups:]
         self.counts["taken"] += len(taken)
         return taken
 

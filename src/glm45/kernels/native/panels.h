@@ -1,7 +1,8 @@
 // Products of a few rows with weights packed in panels of 64 outputs, and the packing itself.
 //
-// A panel holds its inputs one after the other (bf16 in pairs), 64 outputs each: a product is an outer product per
-// input, and every output element is one chain of additions over the inputs, whatever the number of rows.
+// A panel is cut into stripes, as wide as the registers allow for six rows of sums. A stripe holds its inputs one after
+// the other (bf16 in pairs), its outputs each: a product is an outer product per input, and every output element is one
+// chain of additions over the inputs, whatever the number of rows.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -15,10 +16,12 @@ namespace {
 constexpr int64_t PANEL = 64;                 // outputs that are computed together
 constexpr int64_t VECTORS = PANEL / LANES;    // registers that hold them
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 6;                  // 24 accumulators, 4 weights, 1 input: what 32 registers hold
+constexpr int64_t STRIPE = 4;                 // vectors of a stripe; 6 rows of it are 24 sums, what 32 registers hold
 #else
-constexpr int TILE_ROWS = 1;
+constexpr int64_t STRIPE = 2;                 // 6 rows of it are 12 sums, what 16 registers hold
 #endif
+constexpr int64_t STRIPES = VECTORS / STRIPE;
+constexpr int TILE_ROWS = 6;
 
 inline int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
 inline int64_t padded(int64_t outputs) { return panels(outputs) * PANEL; }
@@ -30,27 +33,36 @@ inline int64_t panel_size(int64_t inputs) {  // elements; bf16 inputs go in pair
     return PANEL * (sizeof(T) == 2 ? (inputs + 1) / 2 * 2 : inputs);
 }
 
-// Sums are kept in locals: through a reference they would be written to memory at every step.
-template <int ROWS>
-inline void multiply(const float* const* rows, const float* panel, int64_t inputs, floats (&out)[ROWS][VECTORS]) {
+// Rows times some stripes of a panel. Sums are kept in locals: through a reference they would be written to memory at
+// every step.
+template <int ROWS, int COUNT>
+inline void multiply(const float* const* rows, const float* stripes, int64_t inputs, floats (*out)[VECTORS]) {
     const float* x[ROWS];
-    floats sums[ROWS][VECTORS] = {};
-    for (int r = 0; r < ROWS; ++r) x[r] = rows[r];
-    for (int64_t i = 0; i < inputs; ++i, panel += PANEL) {
-        floats w[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + v * LANES);
-        for (int r = 0; r < ROWS; ++r) {
-            floats value = broadcast(x[r][i]);
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] += value * w[v];
-        }
+    floats sums[ROWS][COUNT][STRIPE];
+    for (int r = 0; r < ROWS; ++r) {
+        x[r] = rows[r];
+        for (int s = 0; s < COUNT; ++s)
+            for (int v = 0; v < STRIPE; ++v) sums[r][s][v] = floats{};
     }
-    std::memcpy(&out, &sums, sizeof sums);
+    for (int64_t i = 0; i < inputs; ++i)
+        for (int s = 0; s < COUNT; ++s) {
+            floats w[STRIPE];
+            for (int v = 0; v < STRIPE; ++v)
+                w[v] = in_register(load(stripes + ((s * inputs + i) * STRIPE + v) * LANES));
+            for (int r = 0; r < ROWS; ++r) {
+                floats value = broadcast(x[r][i]);
+                for (int v = 0; v < STRIPE; ++v) sums[r][s][v] += value * w[v];
+            }
+        }
+    for (int r = 0; r < ROWS; ++r)
+        for (int s = 0; s < COUNT; ++s)
+            for (int v = 0; v < STRIPE; ++v) out[r][s * STRIPE + v] = sums[r][s][v];
 }
 
 #if defined(__AVX512BF16__)
-template <int ROWS>
-inline void multiply(const bfloat16* const* rows, const bfloat16* panel, int64_t inputs,
-                     floats (&out)[ROWS][VECTORS]) {
+template <int ROWS, int COUNT>
+inline void multiply(const bfloat16* const* rows, const bfloat16* panel, int64_t inputs, floats (*out)[VECTORS]) {
+    static_assert(COUNT == STRIPES);
     const int32_t* x[ROWS];
     __m512 sums[ROWS][VECTORS] = {};
     for (int r = 0; r < ROWS; ++r) x[r] = reinterpret_cast<const int32_t*>(rows[r]);
@@ -62,15 +74,19 @@ inline void multiply(const bfloat16* const* rows, const bfloat16* panel, int64_t
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], value, w[v]);
         }
     }
-    std::memcpy(&out, &sums, sizeof sums);
+    for (int r = 0; r < ROWS; ++r) std::memcpy(out[r], sums[r], sizeof sums[r]);
 }
 #endif
 
-// Calls use(row, sums) for each of `count` rows times one panel.
+// Calls use(row, sums) for each of `count` rows times one panel. Few rows take several stripes at once: as many
+// chains of additions as the processor can have under way.
 template <int ROWS, class T, class Use>
 inline void tile(const T* const* rows, int64_t first, const T* panel, int64_t inputs, const Use& use) {
+    constexpr int COUNT = std::min<int>(STRIPES, ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1);
     floats sums[ROWS][VECTORS];
-    multiply<ROWS>(rows + first, panel, inputs, sums);
+    for (int s = 0; s < STRIPES; s += COUNT)
+        multiply<ROWS, COUNT>(rows + first, panel + s * inputs * STRIPE * LANES, inputs,
+                              reinterpret_cast<floats(*)[VECTORS]>(&sums[0][s * STRIPE]));
     for (int r = 0; r < ROWS; ++r) use(first + r, sums[r]);
 }
 
@@ -111,16 +127,18 @@ inline bfloat16 narrow<bfloat16>(float value) {
     return out[0];
 }
 
-// weight [outputs, inputs] -> panels of 64 outputs, inputs outermost (in pairs for bf16); `row_of` says which row of
-// the weight is output o of a panel, or -1 for padding.
+// weight [outputs, inputs] -> panels of 64 outputs, each in stripes, inputs outermost in a stripe (in pairs for bf16);
+// `row_of` says which row of the weight is output o of a panel, or -1 for padding.
 template <class T, class RowOf>
 void pack(const float* weight, int64_t inputs, int64_t num_panels, T* packed, const RowOf& row_of) {
-    constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
+    constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1, WIDTH = STRIPE * LANES;
+    const int64_t rows = panel_size<T>(inputs) / PANEL;  // inputs, filled up to whole pairs
     for (int64_t panel = 0; panel < num_panels; ++panel, packed += panel_size<T>(inputs))
         for (int64_t o = 0; o < PANEL; ++o) {
             const int64_t row = row_of(panel, o);
-            for (int64_t i = 0; i < (inputs + PAIR - 1) / PAIR * PAIR; ++i)
-                packed[(i / PAIR * PANEL + o) * PAIR + i % PAIR] =
+            T* stripe = packed + o / WIDTH * WIDTH * rows;
+            for (int64_t i = 0; i < rows; ++i)
+                stripe[(i / PAIR * WIDTH + o % WIDTH) * PAIR + i % PAIR] =
                     narrow<T>(row < 0 || i >= inputs ? 0.0f : weight[row * inputs + i]);
         }
 }

@@ -98,6 +98,13 @@ def test_tool_calls_are_read_back_with_arguments_of_their_schema(engine):
     assert names == {"get_weather", "stop_it"}
 
 
+def test_grammars_of_one_engine_do_not_mix(engine):
+    """Calls of a tool without arguments, after a tool with some was compiled."""
+    engine.compile(Constraint(tools=TOOLS[:1], reasoning=False))
+    for completion in answers(engine, Constraint(tools=TOOLS[1:], reasoning=False), count=4):
+        assert completion.text.startswith("<tool_call>stop_it\n</tool_call>")
+
+
 def test_logprobs_under_a_grammar_are_the_models_own(engine, forward_logprobs):
     for completion in answers(engine, Constraint(json_object=True, reasoning=False), count=1):
         expected = forward_logprobs(engine.model, engine.tokenizer.encode("x"), completion.token_ids)

@@ -4,6 +4,7 @@ Tags such as `<tool_call>` are single tokens and are matched as such: no string 
 free text may contain one, so whatever a grammar lets through, `glm45.text.parsing` reads back.
 """
 
+import functools
 import json
 import threading
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from glm45.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import xgrammar
 
+REMEMBERED = 256
+"""Compiled grammars that are kept, of each kind."""
 Format = dict[str, Any]
 """A part of xgrammar's structural tag."""
 
@@ -46,7 +49,11 @@ class Grammars:
         self._info = xgrammar.TokenizerInfo(
             vocabulary, vocab_size=vocab_size, stop_token_ids=list(tokenizer.eos_token_ids)
         )
-        self._compiler = xgrammar.GrammarCompiler(self._info, max_threads=1)
+        # Without xgrammar's cache, which shares masks between grammars and takes different single tokens for equal
+        # (0.2.8): after one call with arguments, another tool's call was let go on with `</arg_key>`.
+        compiler = xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False)
+        self._compile_grammar = functools.lru_cache(REMEMBERED)(compiler.compile_grammar)
+        self._compile_tag = functools.lru_cache(REMEMBERED)(compiler.compile_structural_tag)
         self._lock = threading.Lock()
 
     def matcher(self, constraint: Constraint) -> "Matcher":
@@ -63,14 +70,14 @@ class Grammars:
 
     def _compile(self, constraint: Constraint) -> "xgrammar.CompiledGrammar":
         if constraint.grammar is not None:
-            return self._compiler.compile_grammar(constraint.grammar)
+            return self._compile_grammar(constraint.grammar)
         if constraint.tools is not None:
             body = self._calls(constraint.tools)
         else:
             body = _json(constraint.json_schema or {"type": "object"})
         parts = [*self._reasoning(), body] if constraint.reasoning else [body]
         tag = {"type": "structural_tag", "format": _sequence(*parts)}
-        return self._compiler.compile_structural_tag(json.dumps(tag))
+        return self._compile_tag(json.dumps(tag))
 
     def _token(self, text: str) -> Format:
         return {"type": "token", "token": self._tokens[text]}

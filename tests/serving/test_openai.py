@@ -111,7 +111,7 @@ def test_logprobs_cover_every_sampled_token(oai, engine, ids_of):
 
 def test_parameters_reach_the_engine(oai, engine):
     """What a client sets is what the engine is asked."""
-    extra = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2}
+    extra = {"n": None, "logprobs": None, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2}
     ask(oai, temperature=0.3, top_p=0.9, seed=5, stop=["x", "y"], max_tokens=9, logit_bias={"3": 4}, extra_body=extra)
     params = engine.asked[0].params
     assert (params.temperature, params.top_p, params.seed, params.stop) == (0.3, 0.9, 5, ("x", "y"))

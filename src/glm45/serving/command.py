@@ -52,6 +52,10 @@ class ServeConfig:
     engine: EngineConfig = EngineConfig()
     """Capacity of the engine."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port is {self.port}: give 1 to 65535, or 0 for a free one")
+
 
 def load_engine(path: str, config: ServeConfig) -> tuple[Source, Engine]:
     """Load a checkpoint or run and start an engine on it."""

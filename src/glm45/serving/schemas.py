@@ -6,7 +6,7 @@ effect are listed as such.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 TokenId = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1)]
@@ -16,9 +16,16 @@ MAX_SAMPLES = 128
 
 
 class Strict(BaseModel):
-    """No unknown fields, no conversions."""
+    """No unknown fields, no conversions; a field that is null is as good as absent, as in OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
 
 
 class Open(BaseModel):

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -187,10 +188,12 @@ def test_new_weights_are_live_and_drop_the_prefix_cache(build, model, prompts, f
 
 
 @pytest.mark.parametrize("policy", ["finish", "abort", "recompute", "continue"])
-def test_requests_in_flight_meet_new_weights_as_asked(build, model, prompts, forward_logprobs, policy):
+def test_requests_in_flight_meet_new_weights_as_asked(build, model, prompts, forward_logprobs, policy, monkeypatch):
     live = copy.deepcopy(model)
     old, new = copy.deepcopy(model), other_weights(model)
     engine = build(of=live)
+    step, allowed = engine._core.step, threading.Semaphore(5)
+    monkeypatch.setattr(engine._core, "step", lambda admit: allowed.acquire() and step(admit))
 
     async def run():
         pieces = []
@@ -200,6 +203,10 @@ def test_requests_in_flight_meet_new_weights_as_asked(build, model, prompts, for
             if len(pieces) == 5:
                 update = partial(engine.update_weights, new.state_dict(), in_flight=policy)
                 updated = asyncio.get_running_loop().run_in_executor(None, update)
+                # The engine is held before its sixth step; the update is queued, or was taken in just before that.
+                while not (engine._commands or engine._at_boundary or updated.done()):
+                    await asyncio.sleep(0.001)
+                allowed.release(1000)
         await updated
         return pieces
 

@@ -200,7 +200,7 @@ def test_time_limit_ends_answers_with_an_error(serve, engine):
     assert error_of(response)["code"] == "timeout"
     text = httpx.post(server.url + "/v1/chat/completions", json={**CHAT, "stream": True}, timeout=60).text
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert all("choices" in event for event in events[:-1])
     assert events[-1]["error"]["code"] == "timeout"
     assert "[DONE]" not in text
     until(lambda: engine.num_open == 0, "the generations are aborted")

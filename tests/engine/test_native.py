@@ -11,6 +11,7 @@ from glm45.engine.batch import Batch
 from glm45.engine.engine import Engine, EngineConfig
 from glm45.engine.native import NativeBackend, why_not
 from glm45.engine.request import Request, SamplingParams, Sequence
+from glm45.engine.sampling import Draws, probabilities
 from glm45.kernels import decode
 from glm45.model.config import preset
 from glm45.model.transformer import Glm45
@@ -75,8 +76,13 @@ def test_hidden_states_logits_and_drafts_are_the_models(shape):
         )
         # The MTP layer: its row for position i is stored at slot i + 1, where the tables have room for it.
         shifted = chunks(made, [s + 1 for s in starts], counts, position_shift=-1, first_slot=1)
-        drafted = native.draft(shifted, hidden)
-        torch.testing.assert_close(drafted, plain.draft(shifted, expected), atol=5e-5, rtol=5e-5)
+        draws = Draws(np.array([0, 0.7], np.float32), *np.array([[1, 2], [3, 4]], np.uint64), [[], []], [None, None])
+        chosen = [0, len(shifted.starts_S1) - 2]  # the first sequence and the last
+        tokens, probs_SKV = native.draft(shifted, hidden, chosen, draws, 3)
+        expected_tokens, expected_SKV = plain.draft(shifted, expected, chosen, draws, 3)
+        assert tokens == expected_tokens
+        torch.testing.assert_close(probs_SKV, expected_SKV, atol=5e-5, rtol=0)
+        assert native.draft(shifted, hidden, [], Draws.of([]), 3)[0] == []
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
@@ -97,17 +103,29 @@ def test_results_are_bitwise_equal_for_any_batch_chunk_and_number_of_threads(num
             row += counts[i]
 
 
-def test_sampling_agrees_with_the_reference_and_ends_at_the_vocabulary():
+def test_sampling_and_verifying_agree_with_the_reference_and_end_at_the_vocabulary():
     model = model_of("wide")  # 333 tokens: not a multiple of anything
     plain, native = ModelBackend(model, 1, 16), NativeBackend(model, 1, 16, 2, 512)
-    logits = native.logits(torch.randn(400, 80, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    counts = [i // 4 % 4 for i in range(400)]
+    logits = native.logits(torch.randn(400 + sum(counts), 80, generator=generator))
     temperatures = np.tile(np.array([0, 1, 0.3, 2.5], np.float32), 100)
-    seeds, counters = np.arange(400, dtype=np.uint64) * 977, np.arange(400, dtype=np.uint64)
-    tokens, logprobs = native.sample(logits, temperatures, seeds, counters)
-    expected_tokens, expected_logprobs = plain.sample(logits, temperatures, seeds, counters)
+    seeds, positions = np.arange(400, dtype=np.uint64) * 977, np.arange(400, dtype=np.uint64)
+    drafts, draft_probs, start = [], [], 0
+    for count, temperature in zip(counts, temperatures, strict=True):
+        probs_KV = torch.zeros(count, 384)[:, :333]  # rows are padded, as the kernel's own
+        noise_KV = 0.1 * torch.randn(count, 333, generator=generator)
+        probs_KV += probabilities(logits[start : start + count] + noise_KV, np.full(count, temperature))
+        drafts.append(probs_KV.multinomial(1, generator=generator)[:, 0].tolist() if count else [])
+        draft_probs.append(probs_KV)
+        start += count + 1
+    draws = Draws(temperatures, seeds, positions, drafts, draft_probs)
+    tokens, logprobs = native.sample(logits, draws)
+    expected_tokens, expected_logprobs = plain.sample(logits, draws)
     assert tokens == expected_tokens
-    assert logprobs == pytest.approx(expected_logprobs, abs=1e-5)
-    assert len(set(tokens)) > 50
+    assert np.concatenate(logprobs) == pytest.approx(np.concatenate(expected_logprobs), abs=1e-5)
+    assert len({row[-1] for row in tokens}) > 50
+    assert {len(row) for row, count in zip(tokens, counts, strict=True) if count == 3} == {1, 2, 3, 4}
 
 
 @pytest.mark.skipif(not decode.is_available(True), reason="needs AVX512-BF16")

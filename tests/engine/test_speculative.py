@@ -1,5 +1,6 @@
 """Drafts change how fast tokens come, never which tokens are likely."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import torch
 from scipy.stats import chisquare
 
 from glm45.engine.request import Request, SamplingParams, Sequence
-from glm45.engine.speculative import verify
+from glm45.engine.sampling import Draws, verify
 from glm45.kernels import decode
+from glm45.model.config import preset
+from glm45.model.transformer import Glm45
 
 BACKENDS = ["model"] + ["native"] * decode.is_available(False)
 
@@ -27,7 +30,7 @@ def test_verified_tokens_follow_the_target_whatever_the_drafts_distribution():
     count = 6_000
     drawn = torch.stack([torch.multinomial(row, count, replacement=True, generator=generator) for row in proposal], 1)
     sequences = [drafted(i, proposal, drawn[i].tolist()) for i in range(count)]
-    tokens = verify(sequences, target.repeat(count, 1))
+    tokens = verify(target.repeat(count, 1), Draws.of(sequences))
     firsts = torch.bincount(torch.tensor([row[0] for row in tokens]), minlength=6)
     assert chisquare(firsts.numpy(), count * target[0].numpy()).pvalue > 1e-3
     # The second token, whether accepted or drawn, follows its own target; it exists where the first draft was kept.
@@ -43,30 +46,38 @@ def test_equal_distributions_keep_every_draft_and_disjoint_ones_none():
     probs = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     other = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     for seed in range(50):
-        assert len(verify([drafted(seed, probs, [seed % 2])], probs.repeat(2, 1))[0]) == 2
-        [tokens] = verify([drafted(seed, other, [2 + seed % 2])], probs.repeat(2, 1))
+        equal, disjoint = drafted(seed, probs, [seed % 2]), drafted(seed, other, [2 + seed % 2])
+        assert len(verify(probs.repeat(2, 1), Draws.of([equal]))[0]) == 2
+        [tokens] = verify(probs.repeat(2, 1), Draws.of([disjoint]))
         assert len(tokens) == 1
         assert tokens[0] in (0, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sampled_sequences_follow_the_model_with_drafts_on(build, model, backend):
-    """Chi-square over all 2^6 continuations that a bias leaves, against the model's own forward."""
-    prompt, pair, length, count = [5, 17, 200, 31], (40, 90), 6, 2000
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_sampled_sequences_follow_the_model_with_drafts_on(build, backend, bias):
+    """Chi-square over all continuations of a vocabulary of two, against the model's own forward.
+
+    A bias shapes the distribution beyond its temperature, of which the drafts know nothing.
+    """
+    model = Glm45(dataclasses.replace(preset("pico"), vocab_size=2, eos_token_id=()), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 if parameter.dim() == 1 else 4.0)
+    prompt, length, count = [0, 1, 1, 0], 6, 2000
     paths = {(): 1.0}
     for _ in range(length):
         prefixes = list(paths)
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *path] for path in prefixes])).logits_BTV[:, -1]
-        shares = torch.softmax(logits[:, pair].double() / 3, -1)
+        shares = torch.softmax((logits.double() + torch.tensor([bias, 0])) / 3, -1)
         paths = {
-            (*path, pair[j]): paths[path] * float(shares[i, j])
-            for (i, path), j in itertools.product(enumerate(prefixes), range(2))
+            (*path, token): paths[path] * float(shares[i, token])
+            for (i, path), token in itertools.product(enumerate(prefixes), range(2))
         }
-    engine = build(backend=backend, num_drafts=2)
-    bias = dict.fromkeys(pair, 500.0)
-    params = SamplingParams(n=count, max_tokens=length, temperature=3.0, logit_bias=bias, seed=1)
+    engine = build(backend=backend, of=model, num_drafts=2)
+    params = SamplingParams(n=count, max_tokens=length, temperature=3.0, logit_bias={0: bias} if bias else {}, seed=1)
     [completions] = engine.generate([prompt], params)
     seen = dict.fromkeys(paths, 0)
     for completion in completions:

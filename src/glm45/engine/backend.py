@@ -3,8 +3,8 @@
 The same module object that is trained is run, so its weights are live. It runs wherever the model runs, on GPUs too.
 `kernels.decode` is the fast backend on CPU, held to this one by tests.
 
-S sequences, N rows, L context length, C number of blocks, Z block size, H query heads, K key/value heads, D head
-size, V vocabulary, M blocks a table. Hidden states are `[N, hidden]`.
+S sequences, N rows, k drafts, L context length, C number of blocks, Z block size, H query heads, K key/value heads,
+D head size, V vocabulary, M blocks a table. Hidden states are `[N, hidden]`.
 """
 
 from typing import Protocol
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from glm45.engine.batch import Batch
-from glm45.engine.sampling import TOKEN_STREAM, draw, uniforms
+from glm45.engine.sampling import DRAFT_STREAM, Draws, draw, probabilities, tempered, uniforms, verify
 from glm45.model.transformer import Glm45
 
 
 class Backend(Protocol):
-    """What the runner needs: a forward over paged sequences. Results are valid until the next call."""
+    """What the runner needs: a forward over paged sequences, the head, draws."""
 
     name: str
     """For reports."""
@@ -28,18 +28,25 @@ class Backend(Protocol):
         """Store the rows' keys and values and return their hidden states `[N, hidden]` after the final norm."""
         ...
 
-    def draft(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the MTP layer: rows are next tokens, `hidden` the states before them. Returns its hidden states."""
+    def draft(
+        self, batch: Batch, hidden: torch.Tensor, chosen: list[int], draws: Draws, num_drafts: int
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """Run the MTP layer, then draft tokens for the chosen sequences of the batch, each after its last row.
+
+        Rows are next tokens, `hidden` the states before them; `draws` is of the chosen sequences. Returns k tokens a
+        sequence and the distributions `[S, k, V]` that they were drawn from: temperature alone shapes them.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits `[N, V]` of hidden states."""
         ...
 
-    def sample(
-        self, logits: torch.Tensor, temperatures_N: np.ndarray, seeds_N: np.ndarray, counters_N: np.ndarray
-    ) -> tuple[list[int], list[float]]:
-        """Draw a token a row where temperature alone shapes the distribution; return tokens and log-probabilities."""
+    def sample(self, logits: torch.Tensor, draws: Draws) -> tuple[list[list[int]], list[list[float]]]:
+        """Draw where temperature alone shapes the distribution, verifying drafts (see `sampling.verify`).
+
+        Returns each sequence's new tokens and their log-probabilities.
+        """
         ...
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -124,12 +131,24 @@ class ModelBackend:
         return self.model(tokens, positions=positions, cache=view, output="hidden").hidden_BTD[0]
 
     @torch.inference_mode()
-    def draft(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    def draft(
+        self, batch: Batch, hidden: torch.Tensor, chosen: list[int], draws: Draws, num_drafts: int
+    ) -> tuple[list[list[int]], torch.Tensor]:
         """See `Backend`."""
-        tokens, positions = self._row(batch.tokens_N), self._row(batch.positions_N)
-        view = PagedView(self.stored, batch)
-        _, drafted = self.model.draft(tokens, hidden[None].to(self.model.compute_dtype), positions, view)
-        return drafted[0]
+        hidden = self._run_mtp(batch, hidden)[batch.starts_S1[1:][chosen].astype(np.int64) - 1]
+        drafts: list[list[int]] = [[] for _ in chosen]
+        probs: list[torch.Tensor] = []
+        while chosen and len(probs) < num_drafts:
+            if probs:
+                batch = batch.following(chosen, [tokens[-1] for tokens in drafts])
+                chosen = list(range(len(chosen)))
+                hidden = self._run_mtp(batch, hidden)
+            probs.append(probabilities(self.logits(hidden), draws.temperatures_S))
+            positions_S = draws.positions_S + np.uint64(len(probs) - 1)
+            drawn = draw(probs[-1], uniforms(draws.seeds_S, positions_S, DRAFT_STREAM))
+            for tokens, token in zip(drafts, drawn.tolist(), strict=True):
+                tokens.append(token)
+        return drafts, torch.stack(probs, 1) if probs else hidden.new_zeros(0)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -137,16 +156,16 @@ class ModelBackend:
         return self.model.lm_head(hidden.to(self.model.compute_dtype)).float()
 
     @torch.inference_mode()
-    def sample(
-        self, logits: torch.Tensor, temperatures_N: np.ndarray, seeds_N: np.ndarray, counters_N: np.ndarray
-    ) -> tuple[list[int], list[float]]:
+    def sample(self, logits: torch.Tensor, draws: Draws) -> tuple[list[list[int]], list[list[float]]]:
         """See `Backend`."""
-        greedy_N = torch.from_numpy(temperatures_N == 0).to(logits.device)
-        scales_N = torch.from_numpy(np.where(temperatures_N == 0, 1, temperatures_N).astype(np.float32))
-        logprobs_NV = torch.log_softmax(logits / scales_N.to(logits.device)[:, None], dim=-1)
-        drawn_N = draw(logprobs_NV.exp(), uniforms(seeds_N, counters_N, TOKEN_STREAM))
-        ids_N = torch.where(greedy_N, logits.argmax(-1), drawn_N)
-        return ids_N.tolist(), logprobs_NV.gather(1, ids_N[:, None])[:, 0].tolist()
+        starts = draws.starts.tolist()
+        temperatures_N = np.repeat(draws.temperatures_S, np.diff(starts))
+        tokens = verify(probabilities(logits, temperatures_N), draws)
+        logprobs_NV = torch.log_softmax(tempered(logits, temperatures_N), dim=-1)
+        return tokens, [
+            logprobs_NV[range(start, start + len(new)), new].tolist()
+            for start, new in zip(starts, tokens, strict=False)
+        ]
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -156,6 +175,12 @@ class ModelBackend:
 
     def refresh(self) -> None:
         """See `Backend`: the model's own parameters are read, so there is nothing to do."""
+
+    def _run_mtp(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        tokens, positions = self._row(batch.tokens_N), self._row(batch.positions_N)
+        view = PagedView(self.stored, batch)
+        _, drafted = self.model.draft(tokens, hidden[None].to(self.model.compute_dtype), positions, view)
+        return drafted[0]
 
     def _row(self, values_N: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values_N.astype(np.int64))[None].to(self.model.device)

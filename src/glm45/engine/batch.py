@@ -63,10 +63,20 @@ class Batch:
             first_slot=first_slot,
         )
 
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return len(self.tokens_N)
+    def following(self, chosen: list[int], tokens: list[int]) -> "Batch":
+        """Return one row more for some sequences: a token each, in the slot after its last one."""
+        last = self.starts_S1[1:][chosen] - 1
+        bounds = self.block_starts_S1
+        tables = [self.blocks_B[bounds[i] : bounds[i + 1]] for i in chosen]
+        return Batch(
+            tokens_N=np.array(tokens, np.int32),
+            positions_N=self.positions_N[last] + np.int32(1),
+            slots_N=self.slots_N[last] + np.int32(1),
+            starts_S1=np.arange(len(chosen) + 1, dtype=np.int32),
+            blocks_B=np.concatenate(tables),
+            block_starts_S1=np.array([0, *accumulate(map(len, tables))], np.int32),
+            first_slot=self.first_slot,
+        )
 
     @property
     def sequence_of_row(self) -> np.ndarray:

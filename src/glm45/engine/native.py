@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from glm45.engine.batch import Batch
+from glm45.engine.sampling import Draws
 from glm45.kernels import decode
 from glm45.kernels.rope import rotary_tables
 from glm45.model.moe import MoE
@@ -68,25 +69,28 @@ class NativeBackend:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """See `Backend`."""
-        return self._decoder.forward(self._shape, self._layers, self._norm, _rows(batch), batch.first_slot)
+        return self._decoder.forward(self._shape, self._layers, self._norm, _rows(batch))
 
-    def draft(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    def draft(
+        self, batch: Batch, hidden: torch.Tensor, chosen: list[int], draws: Draws, num_drafts: int
+    ) -> tuple[list[list[int]], torch.Tensor]:
         """See `Backend`."""
-        rows = _rows(batch)
-        hidden_ND = hidden.contiguous()
-        return self._decoder.forward(
-            self._shape, self._mtp_layers, self._mtp_norm, rows, batch.first_slot, self._mtp, hidden_ND
+        last_rows = batch.starts_S1[1:][chosen] - 1
+        layers, hidden = self._mtp_layers, hidden.contiguous()
+        tokens, probs = self._decoder.draft(
+            *(self._shape, layers, self._mtp, self._mtp_norm, _rows(batch), hidden, last_rows),
+            *(_draws(draws), num_drafts),
         )
+        return tokens.tolist(), probs
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `Backend`."""
         return self._decoder.head(self._shape, hidden.contiguous(), np.arange(len(hidden), dtype=np.int32))
 
-    def sample(
-        self, logits: torch.Tensor, temperatures_N: np.ndarray, seeds_N: np.ndarray, counters_N: np.ndarray
-    ) -> tuple[list[int], list[float]]:
+    def sample(self, logits: torch.Tensor, draws: Draws) -> tuple[list[list[int]], list[list[float]]]:
         """See `Backend`."""
-        return self._decoder.sample(logits, temperatures_N, seeds_N, counters_N)
+        drafts = np.array([token for tokens in draws.drafts for token in tokens], np.int32)
+        return self._decoder.sample(logits, _draws(draws), draws.starts, drafts, draws.draft_probs)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """See `Backend`."""
@@ -186,6 +190,10 @@ class NativeBackend:
         return packed.ctypes.data
 
 
-def _rows(batch: Batch) -> tuple[np.ndarray, ...]:
+def _rows(batch: Batch) -> decode.Rows:
     arrays = (batch.tokens_N, batch.positions_N, batch.slots_N, batch.sequence_of_row)
-    return (*arrays, batch.blocks_B, batch.block_starts_S1)
+    return decode.Rows.of((*arrays, batch.blocks_B, batch.block_starts_S1), batch.first_slot)
+
+
+def _draws(draws: Draws) -> decode.Draws:
+    return decode.Draws.of(draws.temperatures_S, draws.seeds_S, draws.positions_S)

@@ -5,7 +5,6 @@ N rows, R rows to sample from, V vocabulary.
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from glm45.engine.backend import Backend
@@ -13,17 +12,16 @@ from glm45.engine.batch import Batch
 from glm45.engine.constraints import mask_logits
 from glm45.engine.request import Sequence
 from glm45.engine.sampling import (
-    TOKEN_STREAM,
+    Draws,
     distribution,
-    draw,
     is_dead,
     reported_logprobs,
     shape_logits,
     top_logprobs,
-    uniforms,
+    verify,
 )
 from glm45.engine.scheduler import Plan
-from glm45.engine.speculative import Drafter, counters, verify
+from glm45.engine.speculative import Drafter, pick
 
 
 @dataclass(slots=True)
@@ -56,8 +54,6 @@ class Runner:
         batch = Batch.of(sequences, tokens, starts)
         hidden = self.backend.forward(batch)
         if self.drafter is not None:
-            # Logits and drafts are computed by the same backend: keep the states apart from its buffers.
-            hidden = hidden.clone()
             self.drafter.begin(sequences, batch, hidden)
         first_rows = batch.starts_S1[:-1].tolist()
         for (sequence, count), row in zip(plan.work, first_rows, strict=True):
@@ -70,8 +66,8 @@ class Runner:
 
     def sample(self, hidden: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Sampled]:
         """Draw the next tokens of sequences whose last computed row is given; drafts follow that row."""
-        plain = [pair for pair in rows if self._is_plain(pair[0])]
-        shaped = [pair for pair in rows if not self._is_plain(pair[0])] if len(plain) < len(rows) else []
+        plain = [pair for pair in rows if _is_plain(pair[0])]
+        shaped = [pair for pair in rows if not _is_plain(pair[0])] if len(plain) < len(rows) else []
         sampled = self._sample_plain(hidden, plain) if plain else []
         return sampled + (self._sample_shaped(hidden, shaped) if shaped else [])
 
@@ -88,24 +84,16 @@ class Runner:
         if spans:
             self.drafter.draft(spans, self._hidden)
 
-    @staticmethod
-    def _is_plain(sequence: Sequence) -> bool:
-        params = sequence.request.params
-        return params.is_plain and not sequence.drafts and sequence.num_output_tokens >= params.min_tokens
-
     def _sample_plain(self, hidden: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Sampled]:
         sequences = [sequence for sequence, _ in rows]
-        temperatures_R = np.array([s.request.params.temperature for s in sequences], np.float32)
-        seeds_R, counters_R = counters(sequences, [0] * len(sequences))
-        logits_RV = self.backend.logits(_rows(hidden, [row for _, row in rows]))
-        tokens, logprobs = self.backend.sample(logits_RV, temperatures_R, seeds_R, counters_R)
-        return [Sampled(s, [t], [p]) for s, t, p in zip(sequences, tokens, logprobs, strict=True)]
+        logits_RV = self.backend.logits(pick(hidden, _rows_to_sample(rows)))
+        tokens, logprobs = self.backend.sample(logits_RV, Draws.of(sequences))
+        return [Sampled(s, t, p) for s, t, p in zip(sequences, tokens, logprobs, strict=True)]
 
     def _sample_shaped(self, hidden: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Sampled]:
         owners = [sequence for sequence, _ in rows for _ in range(len(sequence.drafts) + 1)]
         drafted = [i for sequence, _ in rows for i in range(len(sequence.drafts) + 1)]
-        wanted = [row + i for sequence, row in rows for i in range(len(sequence.drafts) + 1)]
-        logits_RV = self.backend.logits(_rows(hidden, wanted)).clone()
+        logits_RV = self.backend.logits(pick(hidden, _rows_to_sample(rows))).clone()
         logprobs_RV = reported_logprobs(logits_RV, owners)
         mask_logits(logits_RV, owners)
         shape_logits(logits_RV, owners, drafted)
@@ -114,13 +102,8 @@ class Runner:
             alive = [pair for pair in rows if pair[0] not in dead]
             ended = [Sampled(sequence, [], []) for sequence, _ in rows if sequence in dead]
             return ended + (self._sample_shaped(hidden, alive) if alive else [])
-        probs_RV = distribution(logits_RV, owners)
         sequences = [sequence for sequence, _ in rows]
-        if any(sequence.drafts for sequence in sequences):
-            tokens = self._verify(sequences, probs_RV)
-        else:
-            points_R = uniforms(*counters(sequences, [0] * len(sequences)), TOKEN_STREAM)
-            tokens = [[token] for token in draw(probs_RV, points_R).tolist()]
+        tokens = verify(distribution(logits_RV, owners), Draws.of(sequences))
         sampled, first = [], 0
         for sequence, new in zip(sequences, tokens, strict=True):
             chosen = logprobs_RV[range(first, first + len(new)), new].tolist()
@@ -129,19 +112,6 @@ class Runner:
             sampled.append(Sampled(sequence, new, chosen, tops))
             first += len(sequence.drafts) + 1
         return sampled
-
-    def _verify(self, sequences: list[Sequence], probs_RV: torch.Tensor) -> list[list[int]]:
-        """Verify those with drafts; a sequence without any is one whose drafts are all accepted."""
-        with_drafts = [sequence for sequence in sequences if sequence.drafts]
-        counts = [len(sequence.drafts) + 1 for sequence in sequences]
-        of_drafted = torch.tensor([count > 1 for count in counts for _ in range(count)])
-        verified = iter(verify(with_drafts, probs_RV[of_drafted]))
-        others = [sequence for sequence in sequences if not sequence.drafts]
-        if not others:
-            return list(verified)
-        points_R = uniforms(*counters(others, [0] * len(others)), TOKEN_STREAM)
-        drawn = iter(draw(probs_RV[~of_drafted], points_R).tolist())
-        return [next(verified) if sequence.drafts else [next(drawn)] for sequence in sequences]
 
     def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor) -> None:
         """Add the log-probabilities of the prompt tokens that these rows predict."""
@@ -162,6 +132,11 @@ def _step_tokens(sequence: Sequence, count: int) -> list[int]:
     return sequence.token_ids[start : start + count] + drafts
 
 
-def _rows(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Pick rows, without a copy where all of them are wanted in order (decoding)."""
-    return hidden if len(rows) == len(hidden) and rows == list(range(len(hidden))) else hidden[rows]
+def _is_plain(sequence: Sequence) -> bool:
+    params = sequence.request.params
+    return params.is_plain and sequence.num_output_tokens >= params.min_tokens
+
+
+def _rows_to_sample(rows: list[tuple[Sequence, int]]) -> list[int]:
+    """The given row of each sequence, and one for each of its drafts."""
+    return [row + i for sequence, row in rows for i in range(len(sequence.drafts) + 1)]

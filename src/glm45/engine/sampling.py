@@ -1,14 +1,17 @@
 """From logits to tokens: shaping the distribution, drawing from it, and the log-probability of what was drawn.
 
-N rows, V vocabulary. A draw depends on the request's seed and on the position alone, never on the batch: it inverts
-the cumulative distribution at a number that a counter-based generator gives for (seed, position, stream).
+N rows, V vocabulary, S sequences. A draw depends on the request's seed and on the position alone, never on the batch:
+it inverts the cumulative distribution at a number that a counter-based generator gives for (seed, position, stream).
 """
 
 from collections.abc import Sequence as Rows
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from glm45.seeds import derive_seed
 
@@ -17,6 +20,38 @@ if TYPE_CHECKING:
 
 TOKEN_STREAM, ACCEPT_STREAM, DRAFT_STREAM = 0, 1, 2
 """Purposes of random numbers at one position: the token itself, accepting a draft, drawing a draft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What the next draws of some sequences depend on, besides the distribution."""
+
+    temperatures_S: np.ndarray
+    """In fp32."""
+    seeds_S: np.ndarray
+    """In uint64."""
+    positions_S: np.ndarray
+    """Output tokens so far, in uint64."""
+    drafts: list[list[int]]
+    """Tokens that are proposed for the next positions."""
+    draft_probs: list[Any]
+    """The distributions, tensors `[k, V]`, that the drafts were drawn from; None without drafts."""
+
+    @classmethod
+    def of(cls, sequences: Rows["Sequence"]) -> "Draws":
+        """Collect them."""
+        return cls(
+            temperatures_S=np.array([sequence.request.params.temperature for sequence in sequences], np.float32),
+            seeds_S=np.array([sequence.seed for sequence in sequences], np.uint64),
+            positions_S=np.array([sequence.num_output_tokens for sequence in sequences], np.uint64),
+            drafts=[sequence.drafts for sequence in sequences],
+            draft_probs=[sequence.draft_probs if sequence.drafts else None for sequence in sequences],
+        )
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First row of each sequence where it has one row more than drafts, and their total, in int32."""
+        return np.array([0, *accumulate(len(drafts) + 1 for drafts in self.drafts)], np.int32)
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -64,21 +99,31 @@ def distribution(logits_NV: torch.Tensor, sequences: Rows["Sequence"]) -> torch.
     A greedy row is one at its largest logit. A row whose every logit is -inf comes out as NaN: see `is_dead`.
     """
     params = [sequence.request.params for sequence in sequences]
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits_NV.device)[:, None]
-
-    greedy_N = torch.tensor([p.temperature == 0 for p in params], device=logits_NV.device)
-    scaled_NV = logits_NV / column([p.temperature or 1.0 for p in params])
+    temperatures_N = np.array([p.temperature for p in params], np.float32)
     if any(p.top_p < 1 or p.top_k or p.min_p for p in params):
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=logits_NV.device)[:, None]
+
         top_k = column([float(p.top_k or logits_NV.shape[1]) for p in params])
+        scaled_NV = tempered(logits_NV, temperatures_N)
         keep_NV = _kept(scaled_NV, top_k, column([p.top_p for p in params]), column([p.min_p for p in params]))
-        scaled_NV = scaled_NV.masked_fill(~keep_NV, float("-inf"))
-    best_N = logits_NV.argmax(-1)
-    probs_NV = torch.softmax(scaled_NV, dim=-1)
+        logits_NV = logits_NV.masked_fill(~keep_NV, float("-inf"))
+    return probabilities(logits_NV, temperatures_N)
+
+
+def tempered(logits_NV: torch.Tensor, temperatures_N: np.ndarray) -> torch.Tensor:
+    """Divide rows by their temperatures; at temperature 0 they stay as they are."""
+    scales_N = np.where(temperatures_N == 0, 1, temperatures_N).astype(np.float32)
+    return logits_NV / torch.from_numpy(scales_N).to(logits_NV.device)[:, None]
+
+
+def probabilities(logits_NV: torch.Tensor, temperatures_N: np.ndarray) -> torch.Tensor:
+    """Return softmax(logits / temperature); at temperature 0 a row is one at its largest logit."""
+    probs_NV = torch.softmax(tempered(logits_NV, temperatures_N), dim=-1)
+    greedy_N = torch.from_numpy(temperatures_N == 0).to(logits_NV.device)
     if bool(greedy_N.any()):
-        probs_NV[greedy_N] = 0
-        probs_NV[greedy_N, best_N[greedy_N]] = 1
+        probs_NV[greedy_N] = F.one_hot(logits_NV[greedy_N].argmax(-1), logits_NV.shape[1]).to(probs_NV)
     return probs_NV
 
 
@@ -112,13 +157,49 @@ def draw(probs_NV: torch.Tensor, uniforms_N: np.ndarray) -> torch.Tensor:
     return torch.minimum(ids_N, last_N)
 
 
+def verify(probs_NV: torch.Tensor, draws: Draws) -> list[list[int]]:
+    """Return the tokens that each sequence gets: accepted drafts, and one token drawn after them.
+
+    `probs_NV` holds, for each sequence in turn, the distribution after its last token and after each of its drafts. A
+    draft is accepted with probability min(1, target / draft); the first refused one is replaced by a draw from what
+    the target has in excess of the draft (Leviathan et al. 2211.17192), so tokens are distributed as without drafts.
+    """
+    starts = draws.starts.tolist()
+    counts = [len(drafts) for drafts in draws.drafts]
+    kept = _accepted(probs_NV, draws, starts) if any(counts) else counts
+    rows = [start + num for start, num in zip(starts, kept, strict=False)]
+    final_SV = probs_NV[rows]
+    for i, num in enumerate(kept):
+        if num < counts[i]:
+            excess_V = (final_SV[i] - draws.draft_probs[i][num]).clamp(min=0)
+            # Rounding may leave nothing of equal distributions.
+            final_SV[i] = torch.where(excess_V.sum() > 0, excess_V, final_SV[i])
+    positions_S = draws.positions_S + np.array(kept, np.uint64)
+    last = draw(final_SV, uniforms(draws.seeds_S, positions_S, TOKEN_STREAM)).tolist()
+    return [[*drafts[:num], token] for drafts, num, token in zip(draws.drafts, kept, last, strict=True)]
+
+
+def _accepted(probs_NV: torch.Tensor, draws: Draws, starts: list[int]) -> list[int]:
+    """How many drafts of each sequence are kept: those before the first refused one."""
+    owners = [(i, j) for i, drafts in enumerate(draws.drafts) for j in range(len(drafts))]
+    sequences, ahead = np.array(owners).T
+    rows, tokens = [starts[i] + j for i, j in owners], [draws.drafts[i][j] for i, j in owners]
+    target = probs_NV[rows, tokens].double().cpu().numpy()
+    proposed = np.array([float(draws.draft_probs[i][j, draws.drafts[i][j]]) for i, j in owners])
+    points = uniforms(draws.seeds_S[sequences], draws.positions_S[sequences] + ahead.astype(np.uint64), ACCEPT_STREAM)
+    kept = [len(drafts) for drafts in draws.drafts]
+    for i, j in np.array(owners)[points * proposed >= target].tolist():
+        kept[i] = min(kept[i], j)
+    return kept
+
+
 def reported_logprobs(logits_NV: torch.Tensor, sequences: Rows["Sequence"]) -> torch.Tensor:
     """Return `log softmax(logits / temperature)` `[N, V]` of the model's own logits: what training computes.
 
     At temperature 0 the logits are not scaled. One sequence may stand for all rows.
     """
-    temperatures = [sequence.request.params.temperature or 1.0 for sequence in sequences]
-    return torch.log_softmax(logits_NV.float() / torch.tensor(temperatures, device=logits_NV.device)[:, None], dim=-1)
+    temperatures_N = np.array([sequence.request.params.temperature for sequence in sequences], np.float32)
+    return torch.log_softmax(tempered(logits_NV.float(), temperatures_N), dim=-1)
 
 
 def top_logprobs(logprobs_V: torch.Tensor, count: int) -> dict[int, float]:

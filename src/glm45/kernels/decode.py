@@ -3,7 +3,7 @@
 This file is the interface to `native/decode.cpp`: structures, packed weights, pointers. Its plain reference is the
 model's own forward over the engine's paged cache; `engine.native` builds the structures from a model.
 
-N rows, O outputs, I inputs, D hidden size, V vocabulary.
+N rows, O outputs, I inputs, D hidden size, V vocabulary, S sequences, k drafts.
 """
 
 import ctypes
@@ -52,6 +52,36 @@ class Mtp(ctypes.Structure):
     _fields_ = tuple((name, c_void_p) for name in ("embedding_norm", "hidden_norm", "combine"))
 
 
+class Rows(ctypes.Structure):
+    """Where a step's rows stand and where their keys and values go: int32 arrays, as in `engine.batch`."""
+
+    _fields_ = (
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "sequence", "blocks", "block_starts")),
+        ("first_slot", c_int64),
+    )
+
+    @classmethod
+    def of(cls, arrays: tuple[np.ndarray, ...], first_slot: int) -> "Rows":
+        """Point to arrays in the order of the fields."""
+        rows = cls(len(arrays[0]), *map(_address, arrays), first_slot)
+        rows.arrays = arrays  # so that they live as long
+        return rows
+
+
+class Draws(ctypes.Structure):
+    """How each of some sequences draws: temperatures in fp32, seeds and next positions in uint64."""
+
+    _fields_ = (("count", c_int64), *((name, c_void_p) for name in ("temperatures", "seeds", "positions")))
+
+    @classmethod
+    def of(cls, *arrays: np.ndarray) -> "Draws":
+        """Point to arrays in the order of the fields."""
+        draws = cls(len(arrays[0]), *map(_address, arrays))
+        draws.arrays = arrays  # so that they live as long
+        return draws
+
+
 def is_available(bf16: bool) -> bool:
     """Say whether the kernels run here; in bf16 they need AVX512-BF16."""
     native = library()
@@ -90,8 +120,6 @@ class Decoder:
         self._native = _typed(native)
         self._bf16 = int(bf16)
         self._handle = c_void_p(self._native.decoder_create(num_threads))
-        self._tokens_N = np.zeros(0, np.int32)
-        self._logprobs_N = np.zeros(0, np.float32)
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
@@ -112,63 +140,78 @@ class Decoder:
             target = packed.ctypes.data + i * size
             self._native.decoder_pack(source, outputs, inputs, gated, self._bf16, target)
 
-    def forward(
-        self,
-        shape: Shape,
-        layers: "ctypes.Array[Layer]",
-        final_norm: int,
-        rows: tuple[np.ndarray, ...],
-        first_slot: int,
-        mtp: Mtp | None = None,
-        hidden_ND: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run layers over rows (tokens, positions, slots, sequences, blocks, block starts); return normed `[N, D]`."""
-        out_ND = torch.empty(len(rows[0]), shape.hidden)
+    def forward(self, shape: Shape, layers: "ctypes.Array[Layer]", final_norm: int, rows: Rows) -> torch.Tensor:
+        """Run layers over rows; return normed `[N, D]`."""
+        out_ND = torch.empty(rows.count, shape.hidden)
         self._native.decoder_forward(
-            self._handle,
-            ctypes.byref(shape),
-            layers,
-            len(layers),
-            None if mtp is None else ctypes.byref(mtp),
-            len(rows[0]),
-            *[array.ctypes.data for array in rows],
-            first_slot,
-            None if hidden_ND is None else hidden_ND.data_ptr(),
-            final_norm,
-            self._bf16,
-            out_ND.data_ptr(),
+            self._handle, shape, layers, len(layers), rows, final_norm, self._bf16, out_ND.data_ptr()
         )
         return out_ND
 
+    def draft(
+        self,
+        shape: Shape,
+        layers: "ctypes.Array[Layer]",
+        mtp: Mtp,
+        final_norm: int,
+        rows: Rows,
+        hidden_ND: torch.Tensor,
+        last_rows_S: np.ndarray,
+        draws: Draws,
+        num_drafts: int,
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """Run the MTP layer over rows, then draft for some sequences, each after its last row.
+
+        Returns tokens `[S, k]` and the probabilities that they were drawn from, a view `[S, k, V]` of padded rows.
+        """
+        tokens_SK = np.empty((draws.count, num_drafts), np.int32)
+        probs_SKV = torch.empty(draws.count, num_drafts, _padded(shape.vocab))
+        self._native.decoder_draft(
+            *(self._handle, shape, layers, len(layers), mtp, rows, hidden_ND.data_ptr(), final_norm),
+            *(_address(last_rows_S), draws, num_drafts, self._bf16, _address(tokens_SK), probs_SKV.data_ptr()),
+        )
+        return tokens_SK, probs_SKV[:, :, : shape.vocab]
+
     def head(self, shape: Shape, hidden_ND: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """Return logits `[len(rows), V]` of some rows; the result is a view of padded rows."""
-        logits = torch.empty(len(rows), -(-shape.vocab // PANEL) * PANEL)
+        logits = torch.empty(len(rows), _padded(shape.vocab))
         self._native.decoder_head(
-            self._handle,
-            ctypes.byref(shape),
-            hidden_ND.data_ptr(),
-            rows.ctypes.data,
-            len(rows),
-            self._bf16,
-            logits.data_ptr(),
+            *(self._handle, shape, hidden_ND.data_ptr(), _address(rows), len(rows), self._bf16, logits.data_ptr())
         )
         return logits[:, : shape.vocab]
 
     def sample(
-        self, logits_NV: torch.Tensor, temperatures_N: np.ndarray, seeds_N: np.ndarray, counters_N: np.ndarray
-    ) -> tuple[list[int], list[float]]:
-        """Draw a token a row from softmax(logits / temperature); return tokens and their log-probabilities."""
+        self,
+        logits_NV: torch.Tensor,
+        draws: Draws,
+        starts_S1: np.ndarray,
+        drafts: np.ndarray,
+        draft_probs: list[torch.Tensor | None],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Draw from softmax(logits / temperature), verifying drafts; return each sequence's tokens and their logprobs.
+
+        Rows `starts[i]` to `starts[i + 1]` belong to sequence i; both the logits and the drafts' probabilities are as
+        `head` and `draft` return them.
+        """
         num_rows, vocab = logits_NV.shape
+        probs_S = np.array([0 if probs is None else probs.data_ptr() for probs in draft_probs], np.uint64)
         tokens_N, logprobs_N = np.empty(num_rows, np.int32), np.empty(num_rows, np.float32)
+        counts_S = np.empty(draws.count, np.int32)
         self._native.decoder_sample(
-            self._handle,
-            logits_NV.data_ptr(),
-            num_rows,
-            vocab,
-            logits_NV.stride(0),
-            *[array.ctypes.data for array in (temperatures_N, seeds_N, counters_N, tokens_N, logprobs_N)],
+            *(self._handle, logits_NV.data_ptr(), vocab, logits_NV.stride(0), draws),
+            *map(_address, (starts_S1, drafts, probs_S, tokens_N, logprobs_N, counts_S)),
         )
-        return tokens_N.tolist(), logprobs_N.tolist()
+        tokens, logprobs, starts = tokens_N.tolist(), logprobs_N.tolist(), starts_S1.tolist()
+        spans = [slice(start, start + count) for start, count in zip(starts, counts_S.tolist(), strict=False)]
+        return [tokens[span] for span in spans], [logprobs[span] for span in spans]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _padded(outputs: int) -> int:
+    return -(-outputs // PANEL) * PANEL
 
 
 def _matrix(weight: torch.Tensor, gated: bool) -> tuple[int, int, int]:
@@ -187,13 +230,16 @@ def _typed(native: ctypes.CDLL) -> ctypes.CDLL:
     native.decoder_has_bf16.restype, native.decoder_has_bf16.argtypes = number, []
     native.decoder_packed_size.restype, native.decoder_packed_size.argtypes = number, [number] * 4
     native.decoder_pack.restype, native.decoder_pack.argtypes = None, [pointer, *[number] * 4, pointer]
+    shape, layers, mtp, rows, draws = (ctypes.POINTER(kind) for kind in (Shape, Layer, Mtp, Rows, Draws))
     native.decoder_forward.restype = None
-    native.decoder_forward.argtypes = [
-        *(pointer, pointer, pointer, number, pointer, number, *[pointer] * 6),
-        *(number, pointer, pointer, number, pointer),
-    ]
+    native.decoder_forward.argtypes = [pointer, shape, layers, number, rows, pointer, number, pointer]
     native.decoder_head.restype = None
-    native.decoder_head.argtypes = [pointer, pointer, pointer, pointer, number, number, pointer]
+    native.decoder_head.argtypes = [pointer, shape, pointer, pointer, number, number, pointer]
+    native.decoder_draft.restype = None
+    native.decoder_draft.argtypes = [
+        *(pointer, shape, layers, number, mtp, rows, pointer, pointer),
+        *(pointer, draws, number, number, pointer, pointer),
+    ]
     native.decoder_sample.restype = None
-    native.decoder_sample.argtypes = [pointer, pointer, number, number, number, *[pointer] * 5]
+    native.decoder_sample.argtypes = [pointer, pointer, number, number, draws, *[pointer] * 6]
     return native

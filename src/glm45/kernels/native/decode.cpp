@@ -1,5 +1,6 @@
 // A whole decoding step in one call: every decoder layer over a flat row of tokens with a paged cache, on a pool of
-// threads of its own; then the head, and sampling where temperature alone shapes the distribution.
+// threads of its own; then the head, sampling where temperature alone shapes the distribution, and drafts of the MTP
+// layer.
 //
 // N rows (tokens of many sequences), D hidden size, K key/value groups of G query heads each, H head size.
 //
@@ -50,7 +51,7 @@ struct Mtp {
     const void* combine;
 };
 
-struct Rows {
+struct Rows {  // filled by kernels/decode.py
     int64_t count;
     const int32_t *tokens, *positions, *slots, *sequence, *blocks, *block_starts;
     int64_t first_slot;
@@ -207,10 +208,22 @@ struct Workspace {
 };
 
 struct Decoder {
-    explicit Decoder(int threads) : pool(threads) {}
+    explicit Decoder(int threads) : pool(threads), distributions(threads) {}
+
+    // Calls use(workspace) with the workspace of the type that the weights are in.
+    template <class Use>
+    void in(int64_t bf16, const Use& use) {
+#if defined(__AVX512BF16__)
+        if (bf16) return use(half);
+#endif
+        use(single);
+    }
+
     Pool pool;
     Workspace<float> single;
     Workspace<bfloat16> half;
+    std::vector<Distribution> distributions;  // of each thread
+    Buffer<float> drafted, draft_states, draft_logits;
 };
 
 template <class T>
@@ -515,6 +528,43 @@ void head(Pool& pool, Workspace<T>& w, const Shape& s, const float* hidden, cons
     });
 }
 
+// Runs the MTP layer over rows, then drafts tokens for some sequences, each after its last row: tokens [count,
+// num_drafts], and the probabilities [count, num_drafts, padded(V)] that they were drawn from.
+template <class T>
+void draft(Decoder& decoder, Workspace<T>& w, const Shape& s, const Layer* layers, int64_t num_layers, const Mtp& mtp,
+           const Rows& rows, const float* hidden, const float* final_norm, const int32_t* last_rows,
+           const Draws& draws, int64_t num_drafts, int32_t* tokens, float* probs) {
+    const int64_t count = draws.count, stride = padded(s.vocab);
+    float* drafted = decoder.drafted.need(std::max(rows.count, count) * s.hidden);
+    float* states = decoder.draft_states.need(count * s.hidden);
+    float* logits = decoder.draft_logits.need(count * stride);
+    Step(decoder.pool, w, s, rows).run(layers, num_layers, &mtp, hidden, final_norm, drafted);
+    if (!count) return;
+    std::vector<int32_t> last(last_rows, last_rows + count), next(count), positions(count), slots(count),
+        sequence(count);
+    for (int64_t i = 0; i < count; ++i) sequence[i] = rows.sequence[last[i]];
+    for (int64_t step = 0; step < num_drafts; ++step) {
+        head(decoder.pool, w, s, drafted, last.data(), count, logits);
+        decoder.pool.run([&](int thread) {
+            decoder.pool.tasks(count, [&](int64_t i) {
+                next[i] = propose(decoder.distributions[thread], logits + i * stride, s.vocab, draws, i, step,
+                                  probs + (i * num_drafts + step) * stride);
+                tokens[i * num_drafts + step] = next[i];
+            });
+        });
+        if (step + 1 == num_drafts) return;
+        for (int64_t i = 0; i < count; ++i) {
+            positions[i] = static_cast<int32_t>(rows.positions[last_rows[i]] + step + 1);
+            slots[i] = static_cast<int32_t>(rows.slots[last_rows[i]] + step + 1);
+            std::memcpy(states + i * s.hidden, drafted + last[i] * s.hidden, s.hidden * sizeof(float));
+            last[i] = static_cast<int32_t>(i);
+        }
+        const Rows ahead{count,       next.data(),       positions.data(), slots.data(), sequence.data(),
+                         rows.blocks, rows.block_starts, rows.first_slot};
+        Step(decoder.pool, w, s, ahead).run(layers, num_layers, &mtp, states, final_norm, drafted);
+    }
+}
+
 }  // namespace
 
 EXPORT void* decoder_create(int64_t threads) { return new Decoder(static_cast<int>(threads)); }
@@ -542,44 +592,46 @@ EXPORT int64_t decoder_has_bf16() {
 #endif
 }
 
-EXPORT void decoder_forward(void* decoder, const Shape* shape, const Layer* layers, int64_t num_layers, const Mtp* mtp,
-                            int64_t count, const int32_t* tokens, const int32_t* positions, const int32_t* slots,
-                            const int32_t* sequence, const int32_t* blocks, const int32_t* block_starts,
-                            int64_t first_slot, const float* hidden_in, const float* final_norm, int64_t bf16,
-                            float* hidden_out) {
-    auto* d = static_cast<Decoder*>(decoder);
-    const Rows rows{count, tokens, positions, slots, sequence, blocks, block_starts, first_slot};
-#if defined(__AVX512BF16__)
-    if (bf16) {
-        Step<bfloat16>(d->pool, d->half, *shape, rows).run(layers, num_layers, mtp, hidden_in, final_norm, hidden_out);
-        return;
-    }
-#endif
-    Step<float>(d->pool, d->single, *shape, rows).run(layers, num_layers, mtp, hidden_in, final_norm, hidden_out);
+EXPORT void decoder_forward(void* handle, const Shape* shape, const Layer* layers, int64_t num_layers,
+                            const Rows* rows, const float* final_norm, int64_t bf16, float* hidden_out) {
+    auto& decoder = *static_cast<Decoder*>(handle);
+    decoder.in(bf16, [&](auto& workspace) {
+        Step(decoder.pool, workspace, *shape, *rows)
+            .run(layers, num_layers, nullptr, nullptr, final_norm, hidden_out);
+    });
 }
 
-EXPORT void decoder_head(void* decoder, const Shape* shape, const float* hidden, const int32_t* chosen, int64_t count,
+EXPORT void decoder_head(void* handle, const Shape* shape, const float* hidden, const int32_t* chosen, int64_t count,
                          int64_t bf16, float* logits) {
-    auto* d = static_cast<Decoder*>(decoder);
-#if defined(__AVX512BF16__)
-    if (bf16) {
-        head(d->pool, d->half, *shape, hidden, chosen, count, logits);
-        return;
-    }
-#endif
-    head(d->pool, d->single, *shape, hidden, chosen, count, logits);
+    auto& decoder = *static_cast<Decoder*>(handle);
+    decoder.in(bf16, [&](auto& workspace) {
+        head(decoder.pool, workspace, *shape, hidden, chosen, count, logits);
+    });
 }
 
-EXPORT void decoder_sample(void* decoder, const float* logits, int64_t count, int64_t vocab, int64_t stride,
-                           const float* temperatures, const uint64_t* seeds, const uint64_t* positions, int32_t* tokens,
-                           float* logprobs) {
-    Pool& pool = static_cast<Decoder*>(decoder)->pool;
-    std::vector<std::vector<float>> weights(pool.size());
-    pool.run([&](int thread) {
-        weights[thread].resize(padded(vocab));
-        pool.tasks(count, [&](int64_t row) {
-            sample_row(logits + row * stride, vocab, temperatures[row], seeds[row], positions[row],
-                       weights[thread].data(), tokens + row, logprobs + row);
+EXPORT void decoder_draft(void* handle, const Shape* shape, const Layer* layers, int64_t num_layers, const Mtp* mtp,
+                          const Rows* rows, const float* hidden, const float* final_norm, const int32_t* last_rows,
+                          const Draws* draws, int64_t num_drafts, int64_t bf16, int32_t* tokens, float* probs) {
+    auto& decoder = *static_cast<Decoder*>(handle);
+    decoder.in(bf16, [&](auto& workspace) {
+        draft(decoder, workspace, *shape, layers, num_layers, *mtp, *rows, hidden, final_norm, last_rows, *draws,
+              num_drafts, tokens, probs);
+    });
+}
+
+// Rows starts[i] to starts[i + 1] of the logits, of `stride` floats each, belong to sequence i: one after its last token
+// and one after each of its drafts, which lie one sequence after the other. Tokens and log-probabilities are written
+// from starts[i] on, and how many there are to `counts`.
+EXPORT void decoder_sample(void* handle, const float* logits, int64_t vocab, int64_t stride, const Draws* draws,
+                           const int32_t* starts, const int32_t* drafts, const float* const* draft_probs,
+                           int32_t* tokens, float* logprobs, int32_t* counts) {
+    auto& decoder = *static_cast<Decoder*>(handle);
+    decoder.pool.run([&](int thread) {
+        decoder.pool.tasks(draws->count, [&](int64_t i) {
+            const int64_t first = starts[i], num_drafts = starts[i + 1] - first - 1;
+            counts[i] = static_cast<int32_t>(verify(decoder.distributions[thread], logits + first * stride, vocab,
+                                                    stride, *draws, i, drafts + first - i, num_drafts, draft_probs[i],
+                                                    tokens + first, logprobs + first));
         });
     });
 }

@@ -171,6 +171,17 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         hub.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no configuration"):
+        hub.load(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}', "{"])
+def test_an_index_that_is_none_is_refused(make_model, tmp_path, index):
+    hub.save(make_model(), tmp_path / "m")
+    (tmp_path / "m" / hub.INDEX_FILE).write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json (is not an index|names a shard outside)"):
+        hub.load(tmp_path / "m")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(make_model, tmp_path):

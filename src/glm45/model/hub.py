@@ -126,6 +126,8 @@ def load_config(path: str | Path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no checkpoint: there is no config.json in it")
     values = read_json(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no configuration: it is {str(values)[:40]!r}, not an object with names")
     try:
         return ModelConfig.from_hub(values)
     except ValueError as error:
@@ -175,10 +177,10 @@ def _files(folder: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{index} is not an index of shards: {error!r}") from None
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names a shard outside of its folder: {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: shard {name} is missing; copy or export the checkpoint again")

@@ -61,11 +61,16 @@ def test_parse_prints_message_and_status(capsys, monkeypatch):
         (["render", "--messages", "FILE", "--ids"], "with --ids also --tokenizer"),
         (["render", "--messages", "NOWHERE"], "NOWHERE"),
         (["render", "--messages", "BROKEN"], "is not JSON"),
+        (["render", "--messages", "FILE", "--tools", "NUMBERS"], "tool 0 is no function with a name"),
+        (["render", "--messages", "FILE", "--tools", "FILE"], "tool 0 is no function with a name"),
+        (["parse", "--tools", "NUMBERS"], "tool 0 is no function with a name"),
     ],
 )
-def test_failures_are_one_line(capsys, tmp_path, messages_file, arguments, error):
+def test_failures_are_one_line(capsys, monkeypatch, tmp_path, messages_file, arguments, error):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     (tmp_path / "broken.json").write_text("{")
-    files = {"FILE": messages_file, "BROKEN": str(tmp_path / "broken.json")}
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    files = {"FILE": messages_file, "BROKEN": str(tmp_path / "broken.json"), "NUMBERS": str(tmp_path / "numbers.json")}
     assert main(["chat", *(files.get(argument, argument) for argument in arguments)]) == 1
     captured = capsys.readouterr()
     assert error in captured.err

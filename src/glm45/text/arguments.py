@@ -38,16 +38,30 @@ def escape(text: str) -> str:
 
 
 def tool_parameters(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]] | None:
-    """Return the parameter schema of every tool by name, for tools in OpenAI's form or flat; None without tools."""
+    """Return the parameter schema of every tool by name, for tools in OpenAI's form or flat; None without tools.
+
+    Raises ValueError, with its index, for one that is no function with a name.
+    """
     if tools is None:
         return None
-    functions = [tool.get("function") or tool for tool in tools]
-    return {function["name"]: function.get("parameters") or {} for function in functions}
+    if not isinstance(tools, (list, tuple)):
+        raise ValueError(f"the tools are no list: {str(tools)[:80]}")
+    return dict(_named_parameters(tool, index) for index, tool in enumerate(tools))
+
+
+def _named_parameters(tool: Any, index: int) -> tuple[str, Mapping[str, Any]]:
+    function = (tool.get("function") or tool) if isinstance(tool, Mapping) else None
+    if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+        parameters = function.get("parameters") or {}
+        if isinstance(parameters, Mapping):
+            return function["name"], parameters
+    raise ValueError(f"tool {index} is no function with a name and an object of parameters: {str(tool)[:80]}")
 
 
 def value_kind(parameters: Mapping[str, Any], key: str) -> ValueKind:
     """Return how to read the values of a parameter: `type` (also lists), `anyOf`, `oneOf`, `allOf`, `enum`, `$ref`."""
-    schema = (parameters.get("properties") or {}).get(key)
+    properties = parameters.get("properties")
+    schema = properties.get(key) if isinstance(properties, Mapping) else None
     types = _types(schema, parameters, MAX_REFERENCES) if isinstance(schema, Mapping) else set()
     if not types:
         return "unknown"

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from glm45.config import configuration
 from glm45.text import messages as openai
+from glm45.text.arguments import tool_parameters
 from glm45.text.messages import Message
 from glm45.text.special_tokens import (
     ARG_KEY,
@@ -214,6 +215,7 @@ def _thinking_of(message: Message, enable_thinking: bool | None, current: bool |
 
 
 def _add_tools(pieces: list[Piece], tools: Sequence[Mapping[str, Any]], layout: Dialect) -> None:
+    tool_parameters(tools)  # refuses what no answer could call
     lines = "".join([json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools])
     pieces.append(Piece(SYSTEM, True))
     pieces.append(Piece(TOOLS_INTRODUCTION + lines + CALLS_INTRODUCTION, False))

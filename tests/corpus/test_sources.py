@@ -1,9 +1,12 @@
 import gzip
+import io
+import tarfile
 
 import pytest
+import zstandard
 
 from glm45.corpus.document import DropLog, merge_drops
-from glm45.corpus.downloads import fetch_debian, sdist_archives
+from glm45.corpus.downloads import Archive, fetch_debian, fetch_sdists, file_sha256, sdist_archives
 from glm45.corpus.read import read_documents
 from glm45.corpus.repositories import Repositories
 from glm45.corpus.sources import Source, Unit, list_units, share_out
@@ -45,6 +48,7 @@ def test_a_jsonl_source_counts_bad_lines_and_keeps_trajectories_as_conversations
         b'{"body": "caf\xe9"}',
         b'{"body": "x", "kind": "video"}',
         b"[1]",
+        rb'{"body": "half a pair: \ud83d"}',
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     documents = read(Source(name="own", reader="jsonl", path=str(path), text_key="body"), tmp_path)
@@ -53,7 +57,7 @@ def test_a_jsonl_source_counts_bad_lines_and_keeps_trajectories_as_conversations
     assert {reason: entry["documents"] for reason, entry in merge_drops(tmp_path / "drops").items()} == {
         "line is not JSON": 1,
         "record without text": 1,
-        "record with broken encoding": 1,
+        "record with broken encoding": 2,
         "record of unknown kind": 1,
         "line is not a JSON object": 1,
     }
@@ -66,6 +70,35 @@ def test_parquet_is_read(tmp_path):
     pq.write_table(pa.table({"text": ["one", None, "three"]}), tmp_path / "t.parquet")
     documents = read(Source(name="own", reader="parquet", path=str(tmp_path / "t.parquet")), tmp_path)
     assert [document.text for document in documents] == ["one", "three"]
+
+
+def test_damaged_files_of_records_are_counted_and_what_comes_before_the_damage_is_kept(tmp_path):
+    whole = gzip.compress(b"".join(b'{"text": "%0100d"}\n' % (n * n * 7919) for n in range(60_000)))
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "' + b"x" * 100_000 + b'"}')[:-9])
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and then nothing")
+    documents = read(Source(name="own", reader="jsonl", path=str(tmp_path)), tmp_path)
+    assert 10_000 < len(documents) < 60_000
+    read(Source(name="own", reader="parquet", path=str(tmp_path)), tmp_path)
+    reasons = {reason: entry["documents"] for reason, entry in merge_drops(tmp_path / "drops").items()}
+    assert reasons.keys() == {"damaged parquet file"}
+    read(Source(name="own", reader="jsonl", path=str(tmp_path)), tmp_path)
+    reasons = {reason: entry["documents"] for reason, entry in merge_drops(tmp_path / "drops").items()}
+    assert reasons["damaged jsonl file"] == 2
+
+
+@pytest.mark.parametrize("save", ["to_disk", "parquet"])
+def test_a_folder_of_hugging_face_datasets_is_read(tmp_path, save):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict({"text": ["one", "two"], "kind": ["prose", "code"]})
+    folder = tmp_path / "made"
+    if save == "to_disk":
+        made.save_to_disk(str(folder))
+    else:
+        folder.mkdir()
+        made.to_parquet(str(folder / "train.parquet"))
+    documents = read(Source(name="own", reader="huggingface", path=str(folder), limit=5), tmp_path)
+    assert [(document.text, document.metadata["kind"]) for document in documents] == [("one", "prose"), ("two", "code")]
 
 
 def test_a_source_that_gives_nothing_is_an_error(tmp_path):
@@ -109,3 +142,30 @@ def test_debian_sources_without_apt_say_so(monkeypatch, tmp_path):
 def test_a_source_that_makes_no_sense_is_refused(fields):
     with pytest.raises(ValueError, match="source"):
         Source(**({"name": "a", "reader": "stdlib"} | fields))
+
+
+@pytest.mark.slow
+def test_a_download_runs_nothing_of_the_archive_and_holds_it_to_its_hash(monkeypatch, tmp_path):
+    """pip itself, without network: the archive's own backend would leave a mark, and is not to be had anyway."""
+    path = tmp_path / "index" / "some_thing-1.0.tar.gz"
+    path.parent.mkdir()
+    files = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: some-thing\nVersion: 1.0\n",
+        "pyproject.toml": "[build-system]\nrequires = ['nowhere']\nbuild-backend = 'mark'\nbackend-path = ['.']\n",
+        "mark.py": f"open({str(tmp_path / 'ran')!r}, 'w')\n",
+    }
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"some_thing-1.0/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    right = Archive("some-thing", "1.0", file_sha256(path), "MIT", tmp_path / "sdists" / path.name)
+    fetch_sdists([right], tmp_path)
+    assert right.path.read_bytes() == path.read_bytes()
+    assert not (tmp_path / "ran").exists()
+    wrong = Archive("some-thing", "1.0", "0" * 64, "MIT", tmp_path / "sdists" / "other.tar.gz")
+    with pytest.raises(OSError, match=r"some-thing 1\.0: ERROR.*[Hh][Aa][Ss][Hh]"):
+        fetch_sdists([wrong], tmp_path)
+    assert [entry.name for entry in (tmp_path / "sdists").iterdir()] == [path.name]

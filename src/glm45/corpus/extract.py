@@ -8,7 +8,8 @@ import codecs
 import io
 import re
 import tokenize
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 from glm45.corpus.sources import TOO_LARGE, UNREADABLE
 
@@ -53,6 +54,7 @@ MANUAL_PAGE = re.compile(r"\.[1-9][a-z]*$")
 NUM_SNIFFED_BYTES = 8192
 COLLECTIONS = (".dict", ".mm")  # files that hold thousands of separate entries
 PIECE_CHARACTERS = 20_000
+COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
 
 _CODING = re.compile(rb"^[ \t\f]*#.*?coding[:=]")
 _BLANK_LINES = re.compile(r"\n{4,}")
@@ -61,6 +63,18 @@ _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-
 
 class Skip(Exception):  # noqa: N818 - not an error: a counted reason not to read a file
     """Why a file gives no document."""
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Open a file of lines, compressed or not. A file that is cut short raises OSError or EOFError before its end.
+
+    Arrow's decompression notices; zstandard's reads less of it.
+    """
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    from pyarrow import input_stream
+
+    return io.BufferedReader(input_stream(path, compression=COMPRESSIONS[path.suffix]), 1 << 20)
 
 
 def kind_of(path: str) -> tuple[str, str]:

@@ -4,22 +4,23 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import pyarrow.parquet
+import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from glm45.corpus.document import DropLog
-from glm45.corpus.extract import Skip, extract, split_long
+from glm45.corpus.extract import Skip, extract, open_lines, split_long
 from glm45.corpus.repositories import Repositories, release_documents
 from glm45.corpus.sources import Source, Unit, list_units, read_unit, share_out
 
 CODE_BLOCK = re.compile(
     r"^```|^\s*>>> |^\s*\.\. (?:code|code-block|sourcecode|literalinclude)::|::\n\n[ \t]+\S", re.MULTILINE
 )
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Plan(PipelineStep):
@@ -113,6 +114,8 @@ def _metadata(source: Source, kind: str, language: str, unit: Unit) -> dict[str,
 def _ready_made(source: Source, unit: Unit, log: DropLog) -> Iterator[Document]:
     """Documents of a JSONL, Parquet or Hugging Face source: prose, unless a record says its `kind`.
 
+    Records of code that name their `package` and `path`, and stand together, give repository contexts.
+
     A record with `messages` (and `tools`) in place of text is a trajectory and stays a conversation to the end.
     """
     for index, record in enumerate(_records(source, unit.paths[0])):
@@ -120,8 +123,10 @@ def _ready_made(source: Source, unit: Unit, log: DropLog) -> Iterator[Document]:
         text = (
             json.dumps(record["messages"], ensure_ascii=False) if "messages" in record else record.get(source.text_key)
         )
-        if not isinstance(text, str) or not text.strip():
-            log.add(source.name, record.get("problem", "record without text"), identifier, "")
+        if isinstance(text, str) and _LONE_SURROGATE.search(text):
+            record = {"problem": "record with broken encoding"}
+        if "problem" in record or not isinstance(text, str) or not text.strip():
+            log.add(source.name, record.get("problem", "record without text"), identifier, record.get("detail", ""))
             continue
         kind = "chat" if "messages" in record else record.get("kind", "prose")
         if kind not in ("prose", "web", "code", "chat", "reasoning"):
@@ -129,6 +134,7 @@ def _ready_made(source: Source, unit: Unit, log: DropLog) -> Iterator[Document]:
             continue
         metadata = _metadata(source, kind, str(record.get("language", "")), unit)
         metadata |= {"license": str(record.get("license", unit.license)), "path": str(record.get("path", index))}
+        metadata["package"] = str(record.get("package", ""))  # a file of records is no repository by itself
         metadata |= {key: record[key] for key in ("messages", "tools", "prompt", "answer") if key in record}
         if kind in ("prose", "web"):
             metadata["has_code"] = has_code(text)
@@ -136,27 +142,46 @@ def _ready_made(source: Source, unit: Unit, log: DropLog) -> Iterator[Document]:
 
 
 def _records(source: Source, path: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file or dataset; a line that is no record gives `{"problem": why}`."""
-    if source.reader == "parquet":
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
-    elif source.reader == "huggingface":
-        from datasets import load_dataset
+    """Yield the records of a file or dataset; what is none, and the damaged end of a file, gives `{"problem": why}`."""
+    read = {"parquet": _parquet_records, "jsonl": _json_records, "huggingface": _dataset_records}[source.reader]
+    try:
+        for record in islice(read(path), source.limit or None):
+            yield record if isinstance(record, dict) else {"problem": "line is not a JSON object"}
+    except (OSError, EOFError, pa.ArrowException) as error:
+        if source.reader == "huggingface":
+            raise
+        yield {"problem": f"damaged {source.reader} file", "detail": str(error)}
 
-        dataset = load_dataset(path, split="train", streaming=True)
-        yield from dataset.take(source.limit) if source.limit else dataset
+
+def _parquet_records(path: str) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+def _json_records(path: str) -> Iterator[Any]:
+    with open_lines(Path(path)) as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except UnicodeDecodeError:
+                yield {"problem": "record with broken encoding"}
+            except (ValueError, RecursionError):
+                yield {"problem": "line is not JSON"}
+
+
+def _dataset_records(path: str) -> Iterator[Any]:
+    """Yield the records of a dataset by name, of a folder of its files, or of one that `save_to_disk` wrote."""
+    try:
+        from datasets import load_dataset, load_from_disk
+    except ImportError:
+        raise ValueError("reader 'huggingface' needs the package datasets: pip install datasets") from None
+    if (Path(path).expanduser() / "state.json").exists():
+        yield from load_from_disk(str(Path(path).expanduser()))
     else:
-        with fsspec.open(path, "rt", compression="infer", encoding="utf-8", errors="surrogateescape") as stream:
-            for line in stream:
-                try:
-                    line.encode()
-                    record = json.loads(line)
-                except UnicodeEncodeError:
-                    record = {"problem": "record with broken encoding"}
-                except ValueError:
-                    record = {"problem": "line is not JSON"}
-                yield record if isinstance(record, dict) else {"problem": "line is not a JSON object"}
+        yield from load_dataset(path, split="train", streaming=True)
 
 
 def _generated(source: Source, seed: int) -> Iterator[Document]:

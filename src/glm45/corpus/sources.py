@@ -53,7 +53,7 @@ class Source:
     max_file_bytes: int = 2_000_000
     """Larger files are skipped and counted. Not in the report."""
     limit: int = 0
-    """Most documents of `generated` and `huggingface`; 0 is no limit for the latter."""
+    """Most documents of `generated`, and of a file or dataset of records; 0 is no limit for the latter."""
 
     def __post_init__(self) -> None:
         if not self.name or "." in self.name or "/" in self.name:

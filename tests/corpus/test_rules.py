@@ -1,6 +1,11 @@
-import pytest
+import random
 
-from glm45.corpus.document import DropLog
+import pytest
+from datatrove.data import Document
+from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+
+from glm45.corpus.document import WORDS, DropLog, count_letters
+from glm45.corpus.gopher import GopherQuality, GopherRepetition
 from glm45.corpus.rules import RuleFilter, Rules, code_problem
 
 PROSE = (
@@ -69,3 +74,39 @@ def test_made_documents_are_not_held_to_the_rules(rules, make_document):
 )
 def test_rules_for_source_code(text, reason):
     assert code_problem(text, Rules()) == reason
+
+
+def repetitive(seed):
+    """A text of random words, bullets and dots in which phrases come back, at some seeds more often."""
+    source = random.Random(seed)
+    vocabulary = ["".join(source.choices("aeiounrst", k=source.randint(1, 14))) for _ in range(200)] + [
+        "1,5",
+        "##",
+        "…",
+    ]
+    phrases = [" ".join(source.choices(vocabulary, k=source.randint(3, 14))) for _ in range(8)]
+    share, lines = source.random() ** 2, []
+    for _ in range(source.randint(10, 60)):
+        words = source.choice(phrases) if source.random() < share else " ".join(source.choices(vocabulary, k=9))
+        lines.append(source.choice(("", "", "- ", "• ")) + words + source.choice((".", "", "...", "\n")))
+    return "\n".join(lines)
+
+
+def test_the_fast_gopher_filters_give_datatroves_verdicts():
+    quality = {"min_doc_words": 120, "max_doc_words": 480, "max_avg_word_length": 8.5, "min_stop_words": None}
+    quality |= {"max_bullet_lines_ratio": 0.5, "max_ellipsis_lines_ratio": 0.33, "max_symbol_word_ratio": 0.05}
+    limits = {"dup_n_grams": ((5, 0.3), (6, 0.28), (10, 0.2)), "dup_line_frac": 0.45}
+    pairs = (
+        (GopherQuality(**quality, language=WORDS), GopherQualityFilter(**quality, language=WORDS)),
+        (GopherRepetition(**limits), GopherRepetitionFilter(**limits, language=WORDS)),
+    )
+    for fast, reference in pairs:
+        verdicts = [reference.filter(Document(repetitive(seed), "x")) for seed in range(150)]
+        assert [fast.filter(Document(repetitive(seed), "x")) for seed in range(150)] == verdicts
+        assert 30 < verdicts.count(True) < 130
+        assert len(set(verdicts)) > 4
+
+
+@pytest.mark.parametrize("text", ["", "a1 B_", "Ärger, 水 und ½ – ² ǅ", "x" * 9 + "\x00\u0660"])
+def test_letters_are_counted_as_isalpha_sees_them(text):
+    assert count_letters(text) == sum(map(str.isalpha, text))

@@ -5,6 +5,7 @@ filter. Only the signature is ours, because datatrove's hashes word n-grams one 
 Shapes: W words, S shingles, H hashes.
 """
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -26,7 +27,6 @@ from datatrove.pipeline.dedup import (
     MinhashDedupSignature,
 )
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
-from datatrove.utils.typeshelper import Languages
 
 from glm45.config import configuration
 from glm45.corpus.document import FOUND_KINDS, WORDS, DropLog
@@ -36,7 +36,7 @@ _TOKEN = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\d+(?:[.,]\d+)?"
 )
 _ACCENT = re.compile(r"[\u0300-\u036f]")
-MAX_CACHED_WORDS = 500_000
+MAX_CACHED_WORDS = 1 << 17  # about 30 MB a process
 
 
 @configuration
@@ -129,38 +129,33 @@ def minhash_filter(remove: Path, drops: Path) -> MinhashDedupFilter:
     return MinhashDedupFilter(str(remove), DropLog(drops, "near duplicate (MinHash)"))
 
 
+@functools.lru_cache(maxsize=MAX_CACHED_WORDS)
+def _token_hashes(word: str) -> bytes:
+    """Return the hashes of what a word consists of, end to end: letters without accents, and numbers, all alike."""
+    if not word.isascii():
+        word = _ACCENT.sub("", unicodedata.normalize("NFD", word))
+    return b"".join(xxhash.xxh64_digest(b"0" if t[0].isdigit() else t.encode()) for t in _TOKEN.findall(word))
+
+
 class FastMinhashSignature(MinhashDedupSignature):
     """datatrove's MinHash signature, several times faster: words are hashed once and n-grams combined in numpy.
 
     The files it writes are datatrove's, so the steps after it are datatrove's own.
     """
 
-    def __init__(self, output_folder: str, config: MinhashConfig, language: str | object = Languages.english) -> None:
-        super().__init__(output_folder, config, language)
-        self._cache: dict[str, int] = {}
-
     def get_shingles(self, text: str) -> np.ndarray:
-        """Return the distinct hashed n-grams of a text, uint64 [S]."""
-        if not text.isascii():
-            text = _ACCENT.sub("", unicodedata.normalize("NFD", text))
-        words_W = self._word_hashes(_TOKEN.findall(text.lower()))
-        num_shingles = len(words_W) - self.config.n_grams + 1
+        """Return the hashed n-grams of a text in order, uint64 [S]."""
+        hashes = b"".join(map(_token_hashes, WORDS.word_tokenize(text.lower())))
+        tokens_W = np.frombuffer(hashes, dtype=np.uint64)
+        num_shingles = len(tokens_W) - self.config.n_grams + 1
         if num_shingles < 1:
             return np.empty(0, dtype=np.uint64)
-        shingles_S = words_W[:num_shingles].copy()
+        shingles_S = tokens_W[:num_shingles].copy()
         for offset in range(1, self.config.n_grams):
             shingles_S *= _MULTIPLIER
-            shingles_S += words_W[offset : offset + num_shingles]
+            shingles_S += tokens_W[offset : offset + num_shingles]
         shingles_S ^= shingles_S >> np.uint64(29)
-        return np.unique(shingles_S * _MULTIPLIER)
-
-    def _word_hashes(self, words: list[str]) -> np.ndarray:
-        if len(self._cache) > MAX_CACHED_WORDS:
-            self._cache.clear()
-        cache = self._cache
-        for word in set(words) - cache.keys():
-            cache[word] = xxhash.xxh64_intdigest(b"0" if word[0].isdigit() else word.encode())
-        return np.fromiter((cache[word] for word in words), dtype=np.uint64, count=len(words))
+        return shingles_S * _MULTIPLIER
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Return the least hash of the shingles under every permutation, `num_buckets` lists of integers."""

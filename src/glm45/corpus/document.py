@@ -13,6 +13,7 @@ Between steps documents lie in `NNNNN.jsonl.zst`, one file a task.
 
 import json
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,13 @@ def _final_record(_: JsonlWriter, document: Document) -> dict[str, Any]:
     messages, tools = metadata.pop("messages", None), metadata.pop("tools", None)
     body = {"text": document.text} if messages is None else {"messages": messages, "tools": tools}
     return body | {"id": document.id, "metadata": metadata}
+
+
+def count_letters(text: str) -> int:
+    """Return how many characters of `text` are letters of any script."""
+    if text.isascii():
+        return len(text) - len(text.encode().translate(None, string.ascii_letters.encode()))
+    return sum(map(str.isalpha, text))
 
 
 class TaskReader(PipelineStep):

@@ -7,6 +7,8 @@ repeats, how much is punctuation) are therefore binned and added as tokens such 
 import re
 from collections.abc import Callable
 
+from glm45.corpus.document import count_letters
+
 NUM_CHARACTERS = 6000  # a scorer reads this much from the start of a document
 NUM_WORDS = 600
 NUM_BINS = 8
@@ -14,50 +16,11 @@ NUM_BINS = 8
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]{2,}")
 _CODE_TOKEN = re.compile(r"[A-Za-z_]{2,}|[{}()\[\];:=#@]")
 _STOP_WORDS = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "to",
-        "and",
-        "in",
-        "is",
-        "it",
-        "that",
-        "this",
-        "for",
-        "with",
-        "as",
-        "be",
-        "are",
-        "on",
-        "by",
-        "you",
-        "can",
-        "not",
-        "or",
-        "from",
-        "which",
-        "will",
-        "if",
-        "when",
-        "how",
-        "why",
-        "because",
-        "so",
-        "we",
-        "one",
-        "use",
-        "used",
-        "their",
-        "there",
-        "than",
-        "then",
-        "into",
-        "also",
-        "but",
-    ]
+    re.findall(
+        r"\w+",
+        "the a an of to and in is it that this for with as be are on by you can not or from which will if when how why "
+        "because so we one use used their there than then into also but",
+    )
 )
 _EXPLAINING = re.compile(
     r"\b(?:because|therefore|for example|for instance|means|suppose|consider|let us|note that|in other words|that is"
@@ -108,7 +71,7 @@ def _stop_words(text: str, lines: list[str]) -> float:
 
 
 def _letters(text: str, lines: list[str]) -> float:
-    return _ratio(sum(map(str.isalpha, text)), len(text))
+    return _ratio(count_letters(text), len(text))
 
 
 _PROSE_SHARES: dict[str, Callable[[str, list[str]], float]] = {

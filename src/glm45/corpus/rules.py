@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from datatrove.data import Document
-from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.filters import FineWebQualityFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from glm45.config import configuration
-from glm45.corpus.document import FOUND_KINDS, UNSPACED, WORDS, DropLog
+from glm45.corpus.document import FOUND_KINDS, UNSPACED, WORDS, DropLog, count_letters
+from glm45.corpus.gopher import GopherQuality, GopherRepetition
 
 
 @configuration
@@ -22,7 +23,7 @@ class Rules:
 
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes of prose that is kept; empty keeps all. Not in the report."""
-    language_characters: int = 2000
+    language_characters: int = 1000
     """Language is identified from this many characters from the middle of a document. Not in the report."""
     min_words: int = 50
     """Gopher's least number of words. Not in the report."""
@@ -92,7 +93,7 @@ class RuleFilter(BaseFilter):
     def _prose_filters(self, min_mean_word_length: int | None) -> list[BaseFilter]:
         r = self.rules
         return [
-            GopherQualityFilter(
+            GopherQuality(
                 min_avg_word_length=min_mean_word_length,
                 min_doc_words=r.min_words,
                 max_doc_words=r.max_words,
@@ -109,11 +110,10 @@ class RuleFilter(BaseFilter):
                 new_line_ratio=r.max_lines_per_word,
                 language=WORDS,
             ),
-            GopherRepetitionFilter(
+            GopherRepetition(
                 dup_line_frac=r.max_duplicate_lines,
                 dup_n_grams=tuple((n, limit * r.duplicate_ngram_scale) for n, limit in GOPHER_DUPLICATE_NGRAMS),
                 dup_line_char_frac=r.max_duplicate_line_characters,
-                language=WORDS,
             ),
         ]
 
@@ -165,9 +165,9 @@ def code_problem(text: str, rules: Rules) -> str | None:
         return "code mean line too long"
     if GENERATED.search(text[:NUM_HEADER_CHARACTERS]):
         return "code is generated"
-    visible = sum(not character.isspace() for character in text)
+    visible = sum(map(len, text.split()))
     digits = sum(map(text.count, "0123456789"))
-    letters = sum(map(str.isalpha, text))
+    letters = count_letters(text)
     if digits > rules.code_max_digits * visible:
         return "code is mostly digits"
     if letters + digits < rules.code_min_alphanumeric * len(text):

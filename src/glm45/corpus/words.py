@@ -72,7 +72,7 @@ class WordEncoder:
         return None if _BEYOND.search(text) else self._unicode
 
     def _learn(self, words: set[str]) -> None:
-        missing = sorted(words - self._words.keys())
+        missing = sorted(word for word in words if word not in self._words)  # set - keys() would visit every key
         if len(self._words) + len(missing) > MAX_WORDS:
             self._words.clear()
             missing = sorted(words)

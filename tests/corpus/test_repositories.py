@@ -1,5 +1,10 @@
+import ast
+import inspect
 import io
 import tarfile
+from importlib import import_module
+
+import pytest
 
 from glm45.corpus.document import DropLog
 from glm45.corpus.repositories import (
@@ -7,6 +12,7 @@ from glm45.corpus.repositories import (
     RepositoryContexts,
     changelog_entry,
     dependency_order,
+    imported_names,
     pack_files,
     release_documents,
     unified_diff,
@@ -51,13 +57,18 @@ def test_contexts_follow_their_package_and_hold_what_was_passed_even_if_it_is_cu
         make_document("B", kind="code", package="p", path="b.py", bucket="heldout"),
         make_document("C", kind="code", package="p", path="c.py"),
         make_document("D", kind="code", package="q", path="d.py"),
+        make_document("E", kind="code", package="", path="0"),  # records of a file are no package
+        make_document("F", kind="code", package="", path="1"),
     ]
     seen = []
     for document in RepositoryContexts(Repositories()).run(documents):
         seen.append((document.metadata["kind"], document.metadata["package"], document.text))
         document.text = "changed by a later step"
     context = next(text for kind, _, text in seen if kind == "repository")
-    assert [(kind, package) for kind, package, _ in seen] == [*[("code", "p")] * 3, ("repository", "p"), ("code", "q")]
+    assert [(kind, package) for kind, package, _ in seen] == [
+        *[("code", "p")] * 3,
+        *[("repository", "p"), ("code", "q"), ("code", ""), ("code", "")],
+    ]
     assert context == "# File: a.py\nA\n\n# File: c.py\nC\n\n"
 
 
@@ -92,3 +103,34 @@ def test_a_heading_must_name_exactly_the_version():
 def test_a_difference_without_final_newline_says_so():
     assert unified_diff("a\n", "a", "f").count("\\ No newline at end of file") == 1
     assert unified_diff("a\n", "a\n", "f") == ""
+
+
+@pytest.mark.parametrize(
+    "module", ["asyncio", "concurrent.futures", "email.message", "ssl", "tarfile", "xml.sax", "zipfile"]
+)
+def test_imports_are_found_without_parsing(module):
+    """Against the parser, on the standard library's own files."""
+    text = inspect.getsource(import_module(module))
+    expected = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            expected |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            expected |= {base} | {f"{base}.{alias.name}" if node.module else base + alias.name for alias in node.names}
+    assert imported_names(text) == expected
+
+
+def test_imports_may_go_over_lines_and_bear_comments_and_other_names():
+    text = "from .a import (  # why\n    b as c,\n    d,\n)\nimport e.f as g, \\\n    h\n"
+    text += "    from .. import i\nx = 'import y'\n"
+    assert imported_names(text) == {".a", ".a.b", ".a.d", "e.f", "h", "..", "..i"}
+
+
+def test_a_giant_package_is_contexts_by_instalments(make_document, monkeypatch):
+    monkeypatch.setattr("glm45.corpus.repositories.MAX_HELD_CHARACTERS", 25)
+    documents = [make_document("x" * 10, kind="code", path=f"{i}.py") for i in range(7)]
+    made = list(RepositoryContexts(Repositories()).run(documents))
+    contexts = [document.text.count("# File:") for document in made if document.metadata["kind"] == "repository"]
+    assert contexts == [3, 3]  # the last file alone is no context
+    assert len({document.id for document in made}) == len(made)

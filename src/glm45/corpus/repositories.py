@@ -4,7 +4,6 @@ Issues and pull requests are not within a package manager's reach; a release's c
 context with the differences that it speaks of.
 """
 
-import ast
 import difflib
 import re
 from collections.abc import Iterator
@@ -22,6 +21,13 @@ from glm45.corpus.extract import Skip, decode, kind_of
 from glm45.corpus.sources import Source, Unit, read_releases
 
 CHANGELOG = re.compile(r"(?:^|/)(?:changes|changelog|history|news)[^/]*$", re.IGNORECASE)
+
+IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]*(\([^)]*\)|(?:[^\n\\#]|\\\n)*)|import[ \t]+((?:[^\n\\#]|\\\n)*))",
+    re.MULTILINE,
+)
+COMMENT = re.compile(r"#.*")
+MAX_HELD_CHARACTERS = 50_000_000  # of a package, in memory at once
 
 
 @configuration
@@ -49,25 +55,29 @@ class RepositoryContexts(PipelineStep):
         self.config = config
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Documents of a package arrive together: its unit is read by one task."""
+        """Documents of a package arrive together: its unit is read by one task. A giant is contexts by instalments."""
         sources: dict[str, str] = {}  # texts, not documents: a later step may cut those it has been passed
         metadata: dict[str, Any] = {}
+        held = part = 0
         for document in data or ():
-            if sources and _package(document.metadata) != _package(metadata):
-                yield from self._contexts(sources, metadata)
-                sources = {}
-            if document.metadata["kind"] == "code" and document.metadata.get("bucket") != "heldout":
-                metadata = document.metadata
+            another = _package(document.metadata) != _package(metadata) if sources else False
+            if another or held > MAX_HELD_CHARACTERS:
+                yield from self._contexts(sources, metadata, part)
+                sources, held, part = {}, 0, 0 if another else part + 1
+            about = document.metadata
+            if about["kind"] == "code" and about["package"] and about.get("bucket") != "heldout":
+                metadata = about
                 sources[metadata["path"]] = document.text
+                held += len(document.text)
             yield document
-        yield from self._contexts(sources, metadata)
+        yield from self._contexts(sources, metadata, part)
 
-    def _contexts(self, sources: dict[str, str], first: dict[str, Any]) -> Iterator[Document]:
+    def _contexts(self, sources: dict[str, str], first: dict[str, Any], part: int) -> Iterator[Document]:
         if len(sources) < self.config.min_files:
             return
         contexts = pack_files(dependency_order(sources), sources, self.config.context_characters)
         for number, text in enumerate(islice(contexts, self.config.max_contexts or None)):
-            path = f"#repository/{number}"
+            path = f"#repository/{part}/{number}"
             metadata = {key: first[key] for key in ("source", "license", "package", "version", "language")}
             metadata |= {"kind": "repository", "path": path, "bucket": "medium"}
             yield Document(text, f"{first['source']}/{first['package']}/{path}", metadata=metadata)
@@ -103,22 +113,30 @@ def _module_name(path: str) -> str:
     )
 
 
+def imported_names(text: str) -> set[str]:
+    """Return what a Python file imports, dotted, relative imports with their dots; `from a import b` gives a and a.b.
+
+    Found by pattern, ten times as fast as by parsing; an example in a docstring counts as well.
+    """
+    names = set()
+    for base, imported, modules in IMPORT.findall(text):
+        listed = COMMENT.sub("", imported or modules).strip("()").replace("\\", "").split(",")
+        found = [words[0] for name in listed if (words := name.split())]
+        prefix = base if base.endswith(".") or not base else f"{base}."
+        names |= {base} if base else set()
+        names |= {f"{prefix}{name}" for name in found}
+    return names
+
+
 def _imported_paths(text: str, path: str, modules: dict[str, str]) -> set[str]:
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError):
-        return set()
     here = _module_name(path).split(".")
     package = here if path.endswith("__init__.py") else here[:-1]
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return {modules[name] for name in names if name in modules}
+    paths = set()
+    for name in imported_names(text):
+        level = len(name) - len(name.lstrip("."))
+        base = package[: len(package) - level + 1] if level else []
+        paths.add(modules.get(".".join([*base, *filter(None, [name[level:]])])))
+    return {found for found in paths if found is not None}
 
 
 def pack_files(order: list[str], sources: dict[str, str], max_characters: int) -> Iterator[str]:

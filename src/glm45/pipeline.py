@@ -148,7 +148,7 @@ class Pipeline:
         """
         self.check_known([*only, *skip])
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _lock(self.folder / LOCK, f"another command is running in {self.folder}: wait for it or stop it"):
+        with locked(self.folder / LOCK, f"another command is running in {self.folder}: wait for it or stop it"):
             self._run(set(only), set(skip), cores or os.cpu_count() or 1, watch)
 
     def _run(
@@ -271,7 +271,7 @@ def _read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, refusal: str, patience: float = 0.0) -> Iterator[None]:
+def locked(path: Path, refusal: str, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock that the system releases when this process ends, however it ends."""
     deadline = time.time() + patience
     with path.open("w") as file:
@@ -296,7 +296,7 @@ def main(folder: Path) -> int:
     """Run the step whose job lies in `folder`, in this process, and write its record."""
     _end_with_parent()
     # A step whose parent was killed may still be saving in this folder: wait for it.
-    with _lock(folder / LOCK, f"another process is at work in {folder}", patience=60):
+    with locked(folder / LOCK, f"another process is at work in {folder}", patience=60):
         return _work(folder)
 
 

@@ -193,13 +193,31 @@ def test_a_changed_threshold_runs_only_what_comes_after_it(recipe, tmp_path):
     assert said == [f"{tmp_path} is built already"]
 
 
+def shards_of(out):
+    return {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("*.*") if path.suffix != ".json"}
+
+
+@pytest.mark.slow
+def test_tokens_are_kept_when_a_build_is_stopped_after_them(recipe, tmp_path):
+    """Killed before the manifest is there, or rebuilt with another dataset fewer: what is finished is not redone."""
+    before = json.loads(build(recipe, tmp_path, lambda line: None).read_text())
+    written = shards_of(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    after = json.loads(build(recipe, tmp_path, lambda line: None).read_text())
+    assert shards_of(tmp_path) == written
+    assert without_times(after) == without_times(before)
+    fewer = json.loads(build(override(recipe, ["held_out_fraction=0"]), tmp_path, lambda line: None).read_text())
+    assert "own-prose.heldout" not in fewer["datasets"]
+    assert set(shards_of(tmp_path)) == {file for entry in fewer["datasets"].values() for file in entry["files"]}
+
+
 def test_two_builds_at_once_are_refused(recipe, tmp_path):
     import fcntl
 
     (tmp_path / "work").mkdir()
     with (tmp_path / "work" / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="another process"):
+        with pytest.raises(ValueError, match="another process"):
             build(recipe, tmp_path)
 
 

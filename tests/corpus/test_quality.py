@@ -12,6 +12,7 @@ from glm45.corpus.quality import (
     Score,
     TrainScorers,
     bucket_thresholds,
+    input_line,
     measure,
     scorer_of,
     shipped_seeds,
@@ -23,6 +24,8 @@ GOOD = (
     "loop that opens a thousand files and closes none will fail in the middle."
 )
 BAD = "Fix #1\nFix #2\nBump deps 1.2.3\nRelease 0.9.1\nFix #77\nRevert 1a2b3c\nBump deps 1.2.4\nRelease 0.9.2"
+
+LABELLED = [("good", input_line("prose", GOOD), 1), ("bad", input_line("prose", BAD), 0)]
 
 
 def test_every_kind_of_text_has_a_scorer_and_every_scorer_seeds_of_both_classes():
@@ -53,9 +56,9 @@ def test_training_twice_gives_the_same_scores_and_the_scorer_tells_good_from_bad
     scores = []
     for name in ("a", "b"):
         model = train(seeds, tmp_path / f"{name}.bin", Quality(), seed=3)
-        scores.append([row["score"] for row in measure(model, "prose", [("good", GOOD, 1), ("bad", BAD, 0)])["judged"]])
+        scores.append([row["score"] for row in measure(model, LABELLED)["judged"]])
     assert scores[0] == scores[1]
-    assert measure(model, "prose", [("good", GOOD, 1), ("bad", BAD, 0)])["auc"] == 1.0
+    assert measure(model, LABELLED)["auc"] == 1.0
 
 
 def test_a_scorer_without_seeds_of_a_class_is_an_error(tmp_path):
@@ -107,8 +110,7 @@ def test_scorers_are_trained_from_a_corpus_and_applied(tmp_path, make_document):
     documents += [make_document("```\ncode\n```\n" + GOOD, kind="web", path="c", has_code=True)]
     list(writer(tmp_path / "documents").run(documents))
     TrainScorers(tmp_path / "documents", 1, Quality(examples_shown=300), tmp_path / "fit", seed=0).run()
-    metrics = json.loads((tmp_path / "fit" / "metrics.json").read_text())
-    assert set(metrics) == set(SCORERS)
+    assert {path.stem for path in (tmp_path / "fit").glob("*.json")} == set(SCORERS)
     scored = list(Score(tmp_path / "fit").run(documents))
     assert all(0 <= d.metadata["quality"] <= 1 for d in scored)
     assert scored[-1].metadata["code_related"] is True

@@ -1,12 +1,10 @@
 """A corpus from its recipe: run the chain, tokenize, and write the manifest that describes what came of it."""
 
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,12 @@ from glm45.config import to_dict
 from glm45.corpus.document import merge_drops, merge_tallies
 from glm45.corpus.downloads import describe_downloads, fetch_debian, fetch_sdists, sdist_archives
 from glm45.corpus.pipeline import CorpusChain, corpus_chain
+from glm45.corpus.quality import SCORERS
 from glm45.corpus.read import load_plan
 from glm45.corpus.recipe import CorpusRecipe as CorpusRecipe
+from glm45.corpus.tokenize import tokenize_datasets
+from glm45.data.folder import update_manifest
+from glm45.pipeline import locked
 
 MIN_FREE_BYTES = 1_000_000_000
 LIBRARIES = ("datatrove", "fasttext-community", "py3langid", "resiliparse", "scikit-learn", "xxhash", "tokenizers")
@@ -27,14 +29,14 @@ def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print
     """Build the corpus into `out` and return the path of its manifest; go on where an earlier build stopped.
 
     `out` then holds `manifest.json`, `tokenizer/`, `shards/` and, for the next build, `work/`. The manifest is written
-    last: a folder without one is unfinished.
+    last: a folder without one is unfinished. Under Slurm the first call only submits the steps.
 
     Raises ValueError for a recipe that gives nothing, OSError without disk space, network or tools.
     """
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     downloads = Path(recipe.downloads).expanduser() if recipe.downloads else work / "downloads"
-    with _lock(work / "lock"):
+    with locked(work / "lock", f"{out} is being built by another process: wait for it or stop it"):
         started = time.monotonic()
         corpus = corpus_chain(recipe, work, downloads)
         key = f"{corpus.chain.key}-{recipe.vocab_size}-{recipe.tokenizer}"
@@ -45,11 +47,22 @@ def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print
         _check_space(out)
         manifest_path.unlink(missing_ok=True)
         fetched = fetch(recipe, downloads, report)
-        corpus.chain.run(recipe.executor, report)
-        entries = _tokenize(recipe, out, corpus.documents, report)
+        report(f"download: {time.monotonic() - started:.1f} s")
+        if unfinished := corpus.chain.run(recipe.executor, report):
+            report(f"{', '.join(unfinished)}: submitted; give the same command again when these jobs have ended")
+            return manifest_path
+        tokenizing = time.monotonic()
+        entries = tokenize_datasets(
+            corpus.documents,
+            out,
+            vocab_size=recipe.vocab_size,
+            workers=recipe.executor.workers,
+            tokenizer=Path(recipe.tokenizer).expanduser() if recipe.tokenizer else None,
+        )
+        report(f"tokenize: {time.monotonic() - tokenizing:.1f} s")
         described = describe(recipe, corpus, fetched)
         seconds = round(time.monotonic() - started, 1)
-        _write_manifest(manifest_path, {"key": key, "seconds": seconds} | described | entries)
+        update_manifest(out, {"key": key, "seconds": seconds} | described | entries)
         report(f"built {out} in {seconds} s")
     return manifest_path
 
@@ -87,27 +100,10 @@ def describe(recipe: CorpusRecipe, corpus: CorpusChain, fetched: dict[str, Any])
         ],
         "documents": os.path.relpath(corpus.documents, corpus.chain.work.parent),
         "steps": steps,
-        "scorers": json.loads(corpus.metrics.read_text()),
+        "scorers": {name: json.loads((corpus.scorers / f"{name}.json").read_text()) for name in SCORERS},
         "thresholds": json.loads(corpus.thresholds.read_text()),
         "mixture": {"repeats": {f"*.{recipe.quality.buckets[-1]}": recipe.quality.top_repeats}},
     }
-
-
-def _tokenize(recipe: CorpusRecipe, out: Path, documents: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """Tokenize into a folder beside the final one and move the result into place."""
-    from glm45.corpus.tokenize import tokenize_folder
-
-    staging = out / "tokens.part"  # kept when a build is killed: the datasets in it that are finished are not redone
-    started = time.monotonic()
-    tokenizer = Path(recipe.tokenizer).expanduser() if recipe.tokenizer else None
-    workers = recipe.executor.workers
-    entries = tokenize_folder(documents, staging, vocab_size=recipe.vocab_size, workers=workers, tokenizer=tokenizer)
-    for name in ("tokenizer", "shards"):
-        shutil.rmtree(out / name, ignore_errors=True)
-        (staging / name).rename(out / name)
-    shutil.rmtree(staging)
-    report(f"tokenize: {time.monotonic() - started:.1f} s")
-    return entries
 
 
 def _built_key(manifest: Path) -> str | None:
@@ -117,27 +113,7 @@ def _built_key(manifest: Path) -> str | None:
         return None
 
 
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".part")
-    with temporary.open("w") as stream:
-        json.dump(manifest, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def _check_space(out: Path) -> None:
     free = shutil.disk_usage(out).free
     if free < MIN_FREE_BYTES:
         raise OSError(f"{out}: {free / 1e6:.0f} MB free, a build needs at least {MIN_FREE_BYTES / 1e6:.0f} MB")
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the folder: two builds at once would each trust what the other has half written."""
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"{path.parent.parent} is being built by another process") from None
-        yield

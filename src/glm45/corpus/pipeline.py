@@ -39,7 +39,7 @@ class CorpusChain:
     chain: Chain
     plan: Path
     documents: Path
-    metrics: Path
+    scorers: Path
     thresholds: Path
     accounts: tuple[Account, ...]
 
@@ -87,7 +87,7 @@ def corpus_chain(recipe: CorpusRecipe, work: Path, downloads: Path) -> CorpusCha
         Account("SemDedup", finish / "unique", (finish / "semantic",)),
         Account("buckets and contexts", finish / "out", (finish / "low",)),
     )
-    return CorpusChain(chain, plan, finish / "documents", fitted / "metrics.json", lists / "thresholds.json", accounts)
+    return CorpusChain(chain, plan, finish / "documents", fitted, lists / "thresholds.json", accounts)
 
 
 def _add_reading(chain: Chain, recipe: CorpusRecipe, downloads: Path, plan: Path) -> Path:
@@ -118,7 +118,6 @@ def _add_deduplication(chain: Chain, recipe: CorpusRecipe, read: Path) -> tuple[
             TaskReader(read / "documents"),
             dedup.exact_filter(found / "duplicates", folder / "drops"),
             Tally(folder / "out"),
-            writer(folder / "documents"),
             *dedup.minhash_signature(folder / "signatures", hashing),
         ],
         to_dict(hashing),
@@ -135,7 +134,8 @@ def _add_deduplication(chain: Chain, recipe: CorpusRecipe, read: Path) -> tuple[
         "unique",
         recipe.num_tasks,
         lambda folder: [
-            TaskReader(exact / "documents"),
+            TaskReader(read / "documents"),
+            dedup.exact_filter(found / "duplicates", folder / "exact"),  # again: reading costs less than writing
             dedup.minhash_filter(clusters / "remove", folder / "near"),
             Tally(folder / "near-out"),
             Decontaminate(recipe.decontamination, folder / "contaminated"),
@@ -152,7 +152,7 @@ def _add_scoring(chain: Chain, recipe: CorpusRecipe, unique: Path) -> tuple[Path
     documents, tasks = unique / "documents", recipe.num_tasks
     fitted = chain.add(
         "fit",
-        2,
+        2,  # tasks; each trains half of the scorers
         lambda folder: [
             TrainScorers(documents, tasks, recipe.quality, folder, recipe.seed),
             FitEmbedder(documents, tasks, recipe.semdedup, folder, recipe.seed),

@@ -12,11 +12,12 @@ of the good class; buckets are quantiles of them.
 """
 
 import fnmatch
+import hashlib
+import heapq
 import json
 import random
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -28,15 +29,15 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from glm45.config import configuration
-from glm45.corpus.document import DropLog, read_task
+from glm45.corpus.document import FOUND_KINDS, DropLog, read_task
 from glm45.corpus.features import code_line, prose_line
 from glm45.data.splits import is_held_out
-from glm45.seeds import derive_seed
 
 SCORERS = ("prose", "multilingual", "mathematics", "code-python", "code", "code-related")
 EVALUATED_SHARE = 0.2  # of the pages whose code blocks label them
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _SESSION = re.compile(r"^\s*(?:>>>|\.\.\.).*\n?", re.MULTILINE)
+NUM_SEARCHED = 24_000  # characters of a page in which text beside its code blocks is looked for
 MIN_GROUP = 50  # a language with fewer documents is parted by the thresholds of all that its scorer judges
 
 
@@ -58,7 +59,7 @@ class Quality:
     `glm45.corpus.reasoning.ask_scores` returned for documents of your own. Not in the report."""
     dimension: int = 16
     """Size of fastText's word vectors. Not in the report."""
-    examples_shown: int = 48_000
+    examples_shown: int = 16_000
     """Labelled examples that fastText sees, in as many passes as that takes: few seeds need more passes than many. Not
     in the report."""
     learning_rate: float = 0.1
@@ -80,8 +81,20 @@ def scorer_of(kind: str, language: str) -> str:
     return "prose" if language == "en" else "multilingual"
 
 
+def scorers_of(document: Document) -> list[str]:
+    """Return the names of all scorers that judge a document: none for one that was made, not found."""
+    kind = document.metadata["kind"]
+    if kind not in FOUND_KINDS:
+        return []
+    return [scorer_of(kind, document.metadata["language"])] + (
+        ["mathematics", "code-related"] if kind != "code" else []
+    )
+
+
 def input_line(scorer: str, text: str) -> str:
     """Return what a scorer reads of a text."""
+    if scorer == "code-related":
+        return prose_line(without_code(text[:NUM_SEARCHED]))
     return code_line(text) if scorer.startswith("code") else prose_line(text)
 
 
@@ -101,9 +114,12 @@ class Labels:
                 return label
         return None
 
-    def evaluation_label(self, scorer: str, path: str) -> int | None:
-        """Return the label that a reader gave to exactly this document, if one did."""
-        return self.rules.get(scorer, {}).get("evaluation", {}).get(path)
+    def of(self, scorer: str, path: str, document: Document) -> tuple[int | None, bool]:
+        """Return a document's label, if it has one, and whether it is for measuring: read by a person, or held out."""
+        if scorer == "code-related":  # found, not read: pages with code blocks, which are taken out
+            return int(document.metadata["has_code"]), is_held_out(path, EVALUATED_SHARE)
+        read = self.rules.get(scorer, {}).get("evaluation", {}).get(path)
+        return (self.training_label(scorer, path), False) if read is None else (read, True)
 
 
 def path_of(document: Document) -> str:
@@ -122,48 +138,50 @@ class TrainScorers(PipelineStep):
         self.documents, self.num_tasks, self.config, self.folder, self.seed = documents, num_tasks, config, folder, seed
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Write `<scorer>.bin` for every scorer, and `metrics.json`; only the first task works."""
-        if rank != 0:
-            return
+        """Write `<scorer>.bin` and `<scorer>.json`, its measures, for this task's share of the scorers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        examples, evaluation = self._collect()
-        metrics = {}
-        for scorer in SCORERS:
-            model = train(examples[scorer], self.folder / f"{scorer}.bin", self.config, self.seed)
-            metrics[scorer] = {"examples": len(examples[scorer])} | measure(model, scorer, evaluation[scorer])
-        (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        scorers = SCORERS[rank::world_size]
+        training, evaluation = self._collect(scorers)
+        for scorer in scorers:
+            examples = [(line, label) for _, line, label in training[scorer].all()]
+            examples += shipped_seeds(scorer, self.config.seeds)
+            model = train(examples, self.folder / f"{scorer}.bin", self.config, self.seed)
+            measures = {"examples": len(examples)} | measure(model, evaluation[scorer].all())
+            (self.folder / f"{scorer}.json").write_text(json.dumps(measures))
 
-    def _collect(self) -> tuple[dict[str, list[tuple[str, int]]], dict[str, list[tuple[str, str, int]]]]:
+    def _collect(self, scorers: Sequence[str]) -> tuple[dict[str, "Examples"], dict[str, "Examples"]]:
+        """Return what each scorer is to be trained on, and measured on."""
         labels = Labels()
-        found: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        evaluation: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
+        training, evaluation = (
+            {scorer: Examples(scorer, self.config.max_examples) for scorer in scorers} for _ in range(2)
+        )
         for task in range(self.num_tasks):
             for document in read_task(self.documents, task):
-                kind, path = document.metadata["kind"], path_of(document)
-                if kind not in ("prose", "web", "code"):
-                    continue
-                names = [scorer_of(kind, document.metadata["language"])]
-                if kind != "code":
-                    names.append("mathematics")
-                    line = input_line("code-related", without_code(document.text))
-                    if is_held_out(path, EVALUATED_SHARE):
-                        evaluation["code-related"].append(
-                            (path, without_code(document.text), int(document.metadata["has_code"]))
-                        )
-                    else:
-                        found["code-related"].append((line, int(document.metadata["has_code"])))
-                for scorer in names:
-                    label, read = labels.training_label(scorer, path), labels.evaluation_label(scorer, path)
-                    if read is not None:
-                        evaluation[scorer].append((path, document.text, read))
-                    elif label is not None:
-                        found[scorer].append((input_line(scorer, document.text), label))
-        examples = {}
-        for scorer in SCORERS:
-            shuffled = sorted(found[scorer])
-            random.Random(derive_seed(self.seed, "scorer", scorer)).shuffle(shuffled)
-            examples[scorer] = shuffled[: self.config.max_examples] + list(shipped_seeds(scorer, self.config.seeds))
-        return examples, evaluation
+                path = path_of(document)
+                for scorer in set(scorers_of(document)) & training.keys():
+                    label, measured = labels.of(scorer, path, document)
+                    if label is not None:
+                        (evaluation if measured else training)[scorer].offer(path, document.text, label)
+        return training, evaluation
+
+
+class Examples:
+    """Labelled documents as a scorer reads them: the `size` whose paths have the least hashes, in whatever order."""
+
+    def __init__(self, scorer: str, size: int) -> None:
+        self.scorer, self.size = scorer, size
+        self._heap: list[tuple[int, str, str, int]] = []  # the greatest hash first, so negative
+
+    def offer(self, path: str, text: str, label: int) -> None:
+        """Take the document if the hash of its path is among the least so far."""
+        rank = -int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")
+        if len(self._heap) < self.size or rank > self._heap[0][0]:
+            example = (rank, path, input_line(self.scorer, text), label)
+            (heapq.heappushpop if len(self._heap) == self.size else heapq.heappush)(self._heap, example)
+
+    def all(self) -> list[tuple[str, str, int]]:
+        """Return `(path, line, label)` of every document taken."""
+        return [example[1:] for example in sorted(self._heap)]
 
 
 def shipped_seeds(scorer: str, users_file: str) -> Iterator[tuple[str, int]]:
@@ -222,21 +240,20 @@ def score(model: Any, lines: Iterable[str]) -> list[float]:
     return scores
 
 
-def measure(model: Any, scorer: str, evaluation: list[tuple[str, str, int]]) -> dict[str, Any]:
-    """Return the area under the curve on documents that were labelled by reading, with every score."""
-    from sklearn.metrics import roc_auc_score
-
-    scores = score(model, [input_line(scorer, text) for _, text, _ in evaluation])
-    labels = [label for _, _, label in evaluation]
+def measure(model: Any, evaluation: list[tuple[str, str, int]]) -> dict[str, Any]:
+    """Return the area under the curve on `(path, line, label)` that were not trained on, with every score."""
+    scores = np.array(score(model, [line for _, line, _ in evaluation]))
+    labels = np.array([label for _, _, label in evaluation])
+    good_G1, bad_B = scores[labels == 1][:, None], scores[labels == 0]
+    auc = None if not good_G1.size or not bad_B.size else np.mean((good_G1 > bad_B) + 0.5 * (good_G1 == bad_B))
     judged = [
-        {"path": path, "label": label, "score": round(s, 4)}
-        for (path, _, label), s in zip(evaluation, scores, strict=True)
+        {"path": path, "label": label, "score": round(float(found), 4)}
+        for (path, _, label), found in zip(evaluation, scores, strict=True)
     ]
-    both = len(set(labels)) == 2
     return {
-        "auc": round(float(roc_auc_score(labels, scores)), 4) if both else None,
-        "good": labels.count(1),
-        "bad": labels.count(0),
+        "auc": auc if auc is None else round(float(auc), 4),
+        "good": len(good_G1),
+        "bad": len(bad_B),
         "judged": sorted(judged, key=lambda row: -row["score"]),
     }
 
@@ -317,12 +334,8 @@ class Score(PipelineStep):
         models = {scorer: fasttext.load_model(str(self.models / f"{scorer}.bin")) for scorer in SCORERS}
         for document in data or ():
             metadata = document.metadata
-            if metadata["kind"] in ("prose", "web", "code"):
-                scorer = scorer_of(metadata["kind"], metadata["language"])
-                line = input_line(scorer, document.text)
-                metadata["quality"] = round(score(models[scorer], [line])[0], 5)
-                if metadata["kind"] != "code":
-                    metadata["mathematics"] = round(score(models["mathematics"], [line])[0], 5)
-                    related = score(models["code-related"], [input_line("code-related", without_code(document.text))])
-                    metadata["code_related"] = bool(metadata["has_code"] or related[0] >= 0.5)
+            for scorer, field in zip(scorers_of(document), ("quality", "mathematics", "code_related"), strict=False):
+                metadata[field] = round(score(models[scorer], [input_line(scorer, document.text)])[0], 5)
+            if "code_related" in metadata:
+                metadata["code_related"] = metadata["has_code"] or metadata["code_related"] >= 0.5
             yield document

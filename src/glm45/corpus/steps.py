@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -25,7 +26,13 @@ from loguru import logger
 
 from glm45.config import configuration
 
-FORMAT = 2  # counted up when a step's meaning changes, so that old work is not trusted
+PRELOADED = (
+    "glm45.corpus.pipeline",
+    *("fasttext", "py3langid.langid", "resiliparse.extract.html2text"),
+    *("sklearn.cluster", "sklearn.decomposition", "sklearn.feature_extraction.text"),
+)
+"""What tasks import, 3 s of it: imported once, by the process that all workers of all steps are forked from."""
+FORMAT = 3  # counted up when a step's meaning changes, so that old work is not trusted
 
 
 @configuration
@@ -64,9 +71,18 @@ class QuietExecutor(LocalPipelineExecutor):
             logger.remove()  # datatrove has put its default handler back, on the stream that we have just closed
 
     def run(self) -> PipelineStats | None:
-        """Run the tasks that are not finished."""
+        """Run the tasks that are not finished, in processes of one thread each."""
         logger.remove()
-        return super().run()
+        multiprocess.set_forkserver_preload(list(PRELOADED))
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            return super().run()
+        finally:
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = threads
 
 
 class Chain:
@@ -86,15 +102,14 @@ class Chain:
         self.steps.append((Step(name, tasks, pipeline, settings), folder))
         return folder
 
-    def run(self, executor: Executor, report: Callable[[str], None]) -> None:
-        """Run every unfinished step in order; under Slurm, submit them all with their dependencies."""
+    def run(self, executor: Executor, report: Callable[[str], None]) -> list[str]:
+        """Run every unfinished step in order, and return the names of those that are not finished afterwards.
+
+        Under Slurm there are some: the steps have then been submitted, each waiting for the one before it.
+        """
         previous: PipelineExecutor | None = None
         for step, folder in self.steps:
             launched = _make_executor(step, folder, executor, previous)
-            if executor.kind != "local":
-                launched.run()
-                previous = launched
-                continue
             unfinished = len(launched.get_incomplete_ranks())
             if not unfinished:
                 report(f"{step.name}: finished before")
@@ -102,15 +117,22 @@ class Chain:
             started = time.monotonic()
             with _progress(step, folder, report):
                 launched.run()
-            seconds = time.monotonic() - started
-            report(
-                f"{step.name}: {unfinished} of {step.tasks} tasks in {seconds:.1f} s ({cpu_seconds(folder):.1f} s CPU)"
-            )
+            if executor.kind == "slurm":
+                previous = launched
+                report(f"{step.name}: {unfinished} of {step.tasks} tasks submitted")
+                continue
+            cpu = f" ({cpu_seconds(folder):.1f} s CPU)" if executor.kind == "local" else ""
+            report(f"{step.name}: {unfinished} of {step.tasks} tasks in {time.monotonic() - started:.1f} s{cpu}")
+        return [step.name for step, folder in self.steps if _num_finished(folder) < step.tasks]
+
+
+def _num_finished(folder: Path) -> int:
+    return len(list((folder / "logs" / "completions").glob("*")))
 
 
 def _make_executor(step: Step, folder: Path, executor: Executor, previous: PipelineExecutor | None) -> PipelineExecutor:
     pipeline, logs = list(step.pipeline(folder)), str(folder / "logs")
-    workers = min(executor.workers, step.tasks)
+    workers = executor.workers  # even for a single task: alone it would run, and import, in this process
     if executor.kind == "local":
         return QuietExecutor(pipeline, tasks=step.tasks, workers=workers, logging_dir=logs)
     common = {"pipeline": pipeline, "tasks": step.tasks, "workers": workers, "logging_dir": logs, "depends": previous}
@@ -136,7 +158,7 @@ def _progress(step: Step, folder: Path, report: Callable[[str], None]) -> Iterat
     def watch() -> None:
         last = 0
         while not done.wait(2.0):
-            finished = len(list((folder / "logs" / "completions").glob("*")))
+            finished = _num_finished(folder)
             if finished != last:
                 report(f"{step.name}: {finished}/{step.tasks} tasks")
                 last = finished

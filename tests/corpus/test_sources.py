@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import tarfile
 
 import pytest
@@ -36,6 +37,16 @@ def test_a_folder_is_read_file_by_file_and_what_cannot_be_read_is_counted(tmp_pa
     }
     reasons = {reason: entry["documents"] for reason, entry in merge_drops(tmp_path / "drops").items()}
     assert reasons == {"file type without text": 1, "unreadable file": 2, "undecodable bytes": 1}
+
+
+def test_names_in_another_encoding_can_be_written(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/mine/caf\xe9"
+    os.makedirs(folder)
+    with open(folder + b"/na\xefve.txt", "w") as stream:
+        stream.write("A text.")
+    [document] = read(Source(name="own", reader="folder", path=str(tmp_path / "mine")), tmp_path)
+    assert document.id == r"own/caf\udce9/na\udcefve.txt"
+    assert document.id.encode()
 
 
 def test_a_jsonl_source_counts_bad_lines_and_keeps_trajectories_as_conversations(tmp_path):

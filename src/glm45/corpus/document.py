@@ -14,6 +14,7 @@ Between steps documents lie in `NNNNN.jsonl.zst`, one file a task.
 import json
 import re
 import string
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,7 +129,7 @@ def read_task(folder: Path, rank: int) -> Iterator[Document]:
 
 
 class DropLog:
-    """Where filters put what they remove: counts by source and reason, and the first few documents of each.
+    """Where filters put what they remove: counts by source and reason, and a few documents of each.
 
     Stands where datatrove takes an exclusion writer. One JSON file a task; `merge_drops` adds them up.
     """
@@ -150,8 +151,9 @@ class DropLog:
         self.counts[f"{source}\t{reason}"] += 1
         self.characters[f"{source}\t{reason}"] += len(text)
         shown = self.examples.setdefault(reason, [])
-        if len(shown) < NUM_EXAMPLES:
-            shown.append({"id": identifier, "text": text[:300]})
+        shown.append({"id": identifier, "text": text[:300]})
+        if len(shown) > NUM_EXAMPLES:
+            shown.remove(max(shown, key=_by_chance))
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +171,11 @@ class DropLog:
         (self.folder / f"{self.rank:05d}.json").write_text(json.dumps(content))
 
 
+def _by_chance(example: dict[str, str]) -> int:
+    """Order examples so that those kept are of no one package, and the same every time."""
+    return zlib.crc32(example["id"].encode("utf-8", "surrogateescape"))
+
+
 def merge_drops(folder: Path) -> dict[str, Any]:
     """Add up the logs of all tasks: `{reason: {documents, characters, sources, examples}}`, most frequent first."""
     reasons: dict[str, dict[str, Any]] = {}
@@ -181,8 +188,8 @@ def merge_drops(folder: Path) -> dict[str, Any]:
             entry["characters"] += content["characters"][key]
             entry["sources"][source] = entry["sources"].get(source, 0) + count
         for reason, examples in content["examples"].items():
-            room = NUM_EXAMPLES - len(reasons[reason]["examples"])
-            reasons[reason]["examples"] += examples[:room]
+            together = reasons[reason]["examples"] + examples
+            reasons[reason]["examples"] = sorted(together, key=_by_chance)[:NUM_EXAMPLES]
     return dict(sorted(reasons.items(), key=lambda item: -item[1]["documents"]))
 
 

@@ -124,7 +124,12 @@ def _read_files(source: Source, unit: Unit, path: str) -> Iterator[tuple[str, by
     else:
         files = _read_listed(Path(path), _walk(Path(path), top_only=unit.package == "(files)"), wanted)
     for name, content in files:
-        yield name, content if len(content) <= source.max_file_bytes else TOO_LARGE
+        yield printable(name), content if len(content) <= source.max_file_bytes else TOO_LARGE
+
+
+def printable(name: str) -> str:
+    """Return a file's name without the surrogates that stand for bytes of another encoding: they cannot be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_archive(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
@@ -168,7 +173,7 @@ def _list_folders(source: Source, root: Path, version: str) -> list[Unit]:
     for child in sorted(root.iterdir()):
         if child.is_dir() and child.name not in ("__pycache__", ".git", "site-packages", "dist-packages"):
             size = _size(child, _walk(child))
-            units.append(Unit(source.name, child.name, version, source.license, size, (str(child),)))
+            units.append(Unit(source.name, printable(child.name), version, source.license, size, (str(child),)))
     loose = _walk(root, top_only=True)
     if loose:
         units.append(Unit(source.name, "(files)", version, source.license, _size(root, loose), (str(root),)))

@@ -45,12 +45,14 @@ def test_finished_steps_are_not_run_again(chain):
 
 
 def test_under_slurm_steps_are_submitted_one_after_the_other_and_their_tasks_finish_them(chain, tmp_path, monkeypatch):
-    """With a stand-in for sbatch that notes what it is given; the jobs are then run as Slurm would run them."""
+    """With stand-ins for sbatch, which notes what it is given, and scontrol; then the jobs are run as Slurm would."""
     jobs = tmp_path / "jobs"
     jobs.mkdir()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text(SBATCH.format(folder=jobs))
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    for stand_in in (tmp_path / "bin").iterdir():
+        stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     executor = Executor(kind="slurm", options={"time": "1:00:00", "partition": "cpu"})
     assert chain.run(executor, lambda line: None) == ["first", "second"]

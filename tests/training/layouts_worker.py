@@ -18,6 +18,7 @@ from glm45.data.loader import Batch
 from glm45.model.config import preset
 from glm45.model.transformer import Glm45
 from glm45.training.checkpoint import Checkpoints, Retention, training_tensors
+from glm45.training.evaluation import held_out_losses
 from glm45.training.gradients import clip_gradients, forward_backward, gradient_squares
 from glm45.training.layout import Layout
 from glm45.training.losses import MicroBatch
@@ -37,7 +38,6 @@ LAYOUTS = {
         "fsdp": Layout(shard=4),
         "hsdp": Layout(replicate=2, shard=2),
         "expert x fsdp": Layout(shard=4, expert=2),
-        "expert": Layout(shard=4, expert=4),
         "replicas x expert": Layout(replicate=2, shard=2, expert=2),
         "tensor x fsdp": Layout(shard=2, tensor=2),
         "tensor x replicas": Layout(replicate=2, tensor=2),
@@ -45,8 +45,13 @@ LAYOUTS = {
         "context, heads repeated": Layout(context=4),
         "context x expert": Layout(shard=2, context=2, expert=4),
         "context x tensor": Layout(context=2, tensor=2),
+        "tensor x expert": Layout(shard=2, tensor=2, expert=4),
+        "context x tensor x expert": Layout(context=2, tensor=2, expert=2),
         "pipeline x fsdp": Layout(pipeline=2, shard=2),
         "pipeline x expert": Layout(pipeline=2, shard=2, expert=2),
+        "pipeline x tensor": Layout(pipeline=2, tensor=2),
+        "pipeline x context": Layout(pipeline=2, context=2),
+        "pipeline x tensor x expert": Layout(pipeline=2, tensor=2, expert=2),
         "interleaved": Layout(pipeline=2, replicate=2, pipeline_schedule="interleaved"),
     },
 }
@@ -56,8 +61,8 @@ OPTIMIZER = OptimizerConfig(clip_norm=0.5)
 MODEL = dataclasses.replace(preset("pico"), num_hidden_layers=4)
 
 
-def rows(step, world):
-    """This rank's part of a batch of packed documents, the last row padded."""
+def packed_rows(step):
+    """Return a batch of packed documents, the last row padded."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, 300, (ROWS, LENGTH), generator=generator)
     starts = torch.rand(ROWS, LENGTH, generator=generator) < 0.15
@@ -67,9 +72,17 @@ def rows(step, world):
     index = torch.arange(LENGTH).expand(ROWS, -1)
     first = torch.where(starts, index, 0).cummax(1).values
     mask = (torch.rand(ROWS, LENGTH, generator=generator) < 0.9) & (documents >= 0)
+    return [tokens, documents, index - first, mask]
+
+
+def batch(step, kept):
+    return Batch(*(tensor[kept] for tensor in packed_rows(step)))
+
+
+def own_rows(step, world):
+    """This rank's part of a batch."""
     share = ROWS // world.num_data_ranks
-    own = slice(world.data_rank * share, (world.data_rank + 1) * share)
-    return MicroBatch.of(Batch(tokens[own], documents[own], (index - first)[own], mask[own]))
+    return MicroBatch.of(batch(step, slice(world.data_rank * share, (world.data_rank + 1) * share)))
 
 
 def whole(tensor):
@@ -85,7 +98,7 @@ def build(world):
 
 def one_step(model, pipeline, optimizers, world, step):
     """Return the loss, the norm and the whole gradient of a step, taken."""
-    loss = forward_backward(model, rows(step, world), world, 2, 0.3, 1e-2, step % 2 == 1, pipeline)
+    loss = forward_backward(model, own_rows(step, world), world, 2, 0.3, 1e-2, step % 2 == 1, pipeline)
     norm = sum(gradient_squares(model, world).values()) ** 0.5
     gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     clip_gradients(model, norm, OPTIMIZER.clip_norm)
@@ -101,7 +114,9 @@ def trajectory(world):
     model, pipeline, optimizers = build(world)
     results = [one_step(model, pipeline, optimizers, world, step) for step in range(STEPS)]
     weights = {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
-    return results, weights, training_tensors(model, optimizers)
+    held_out = {"unseen": [batch(STEPS, slice(start, start + 2)) for start in (0, 2, 6)]}
+    loss = held_out_losses(model, held_out, world, pipeline)["unseen"]
+    return results, weights, loss, training_tensors(model, optimizers)
 
 
 def largest_difference(own, expected):
@@ -139,13 +154,14 @@ def loads_bit_equal(folder, world):
 
 def compare(name, layout, expected, folder):
     world = World.start(layout)
-    results, weights, tensors = trajectory(world)
-    expected_results, expected_weights, _ = expected
+    results, weights, held_out, tensors = trajectory(world)
+    expected_results, expected_weights, expected_held_out, _ = expected
     report = {
         "gradient": max(
             largest_difference(own[2], want[2]) for own, want in zip(results, expected_results, strict=True)
         ),
         "weights": largest_difference(weights, expected_weights),
+        "held-out": abs(held_out - expected_held_out),
         "loss": max(abs(a[0].total - b[0].total) for a, b in zip(results, expected_results, strict=True)),
         "norm": max(abs(a[1] / b[1] - 1) for a, b in zip(results, expected_results, strict=True)),
         "loads": max(

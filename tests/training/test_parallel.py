@@ -17,6 +17,7 @@ from glm45.training.parallel import World
 from glm45.training.pipeline import divide_layers
 
 WORKER = Path(__file__).parent / "layouts_worker.py"
+pytestmark = pytest.mark.timeout(1800)  # four processes on a busy machine
 LAYOUTS, build = (runpy.run_path(str(WORKER))[name] for name in ("LAYOUTS", "build"))
 
 
@@ -44,12 +45,13 @@ def on_four(folder, on_two):
 
 
 def assert_equal_to_one_process(report):
-    """Gradients of five batches, weights after their five steps of Muon and AdamW, in fp64: only rounding differs."""
+    """Gradients of five batches, weights after their five steps of Muon and AdamW, held-out loss; rounding in fp64."""
     for name in ("gradient", "weights"):
         difference, parameter = report[name]
         assert difference < 1e-9, f"{name} of {parameter}"
     assert report["loss"] < 1e-9
     assert report["norm"] < 1e-9
+    assert report["held-out"] < 1e-9
     assert report["loads"] == 0
 
 
@@ -95,11 +97,9 @@ def test_layers_are_divided_evenly_with_room_for_the_head():
     [
         (Layout(tensor=16), "tensor 16 does not divide num_key_value_heads 8"),
         (Layout(expert=64, shard=64), "expert 64 does not divide n_routed_experts 160"),
-        (Layout(expert=4, shard=2), "expert 4 does not divide shard . context 2"),
+        (Layout(expert=4, shard=2), "expert 4 does not divide shard . context . tensor 2"),
         (Layout(shard=3), "does not divide hidden_size 5120"),
         (Layout(context=64), "does not divide num_attention_heads 96"),
-        (Layout(tensor=2, expert=2, shard=2), "exclude each other"),
-        (Layout(pipeline=2, context=2), "pipeline goes with"),
         (Layout(pipeline=48, pipeline_schedule="interleaved"), "96 pipeline stages are more than num_hidden_layers 92"),
     ],
 )

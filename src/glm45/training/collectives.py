@@ -4,11 +4,15 @@ Each is its own inverse's gradient: what the forward pass gathers, the backward 
 way round; a token that travels to an expert sends its gradient back the same way.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+Map = Callable[[torch.Tensor], torch.Tensor]
 
 # Renamed in PyTorch 2.13, where the old name warns.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -16,22 +20,24 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 def gather_sequence(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """Return the tokens (dimension 1) of all ranks, in their order; gradients are summed over ranks."""
-    return _Gather.apply(x, group)
+    return _Linear.apply(x, partial(_gather, group=group), partial(_scatter_sum, group=group))
 
 
 def scatter_sum_sequence(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """Return the sum over ranks, of which each keeps its part of the tokens (dimension 1)."""
-    return _ScatterSum.apply(x, group)
+    return _Linear.apply(x, partial(_scatter_sum, group=group), partial(_gather, group=group))
 
 
 def exchange(x: torch.Tensor, split: int, join: int, group: ProcessGroup) -> torch.Tensor:
     """Divide dimension `split` among the ranks and join what they give along dimension `join`, in their order."""
-    return _Exchange.apply(x, split, join, group)
+    run = partial(_exchange, split=split, join=join, group=group)
+    return _Linear.apply(x, run, partial(_exchange, split=join, join=split, group=group))
 
 
 def send_rows(x: torch.Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> torch.Tensor:
     """Send `sent[r]` rows to rank r, in order, and return the `received[r]` rows that each rank sends, in order."""
-    return _SendRows.apply(x, sent, received, group)
+    run = partial(_send_rows, sent=sent, received=received, group=group)
+    return _Linear.apply(x, run, partial(_send_rows, sent=received, received=sent, group=group))
 
 
 def _gather(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
@@ -60,47 +66,14 @@ def _send_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Pro
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _gather(x, group)
+class _Linear(torch.autograd.Function):
+    """A linear map between ranks, with its transpose for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _scatter_sum(gradients[0], ctx.group), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _scatter_sum(x, group)
+    def forward(ctx: Any, x: torch.Tensor, run: Map, transpose: Map) -> torch.Tensor:
+        ctx.transpose = transpose
+        return run(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _gather(gradients[0], ctx.group), None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, split: int, join: int, group: ProcessGroup) -> torch.Tensor:
-        ctx.dims, ctx.group = (split, join), group
-        return _exchange(x, split, join, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        split, join = ctx.dims
-        return _exchange(gradients[0], join, split, ctx.group), None, None, None
-
-
-class _SendRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> torch.Tensor:
-        ctx.counts, ctx.group = (sent, received), group
-        return _send_rows(x, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        sent, received = ctx.counts
-        return _send_rows(gradients[0], received, sent, ctx.group), None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.transpose(gradients[0]), None, None

@@ -14,6 +14,7 @@ from glm45.model.transformer import Glm45
 from glm45.text.tokenizer import Tokenizer
 from glm45.training.losses import Counts, MicroBatch, count, pretraining_loss
 from glm45.training.parallel import World
+from glm45.training.pipeline import Pipeline
 
 
 @configuration
@@ -33,7 +34,9 @@ class EvaluationConfig:
 
 
 @torch.no_grad()
-def held_out_losses(model: Glm45, batches: Mapping[str, Sequence[Batch]], world: World) -> dict[str, float]:
+def held_out_losses(
+    model: Glm45, batches: Mapping[str, Sequence[Batch]], world: World, pipeline: Pipeline | None = None
+) -> dict[str, float]:
     """Return the next-token loss of each source in nats per token, and their mean as "mean".
 
     Batches are divided among the data ranks; each rank runs equally many, as sharded models demand.
@@ -46,13 +49,16 @@ def held_out_losses(model: Glm45, batches: Mapping[str, Sequence[Batch]], world:
         for index in range(0, len(held_out), world.num_data_ranks):
             own = index + world.data_rank
             micro = MicroBatch.of(held_out[min(own, len(held_out) - 1)], world.device)
-            loss = pretraining_loss(
-                model, micro.part(world.part), Counts(targets=1, mtp_targets=1, rows=1), 0.0, 0.0
-            ).next_token
+            num_targets = count(micro)[0] * world.counts_rows
+            micro = micro.part(world.part)
+            if pipeline is not None:
+                loss = pipeline.next_token_loss(micro)
+            else:
+                loss = pretraining_loss(model, micro, Counts(targets=1, mtp_targets=1, rows=1), 0.0, 0.0).next_token
             if own < len(held_out):
-                totals += torch.stack([loss.double().cpu(), count(micro)[0] * world.counts_rows])
-        total_loss, num_targets = world.sum(totals).tolist()
-        losses[source] = total_loss / max(num_targets, 1)
+                totals += torch.stack([loss.double().cpu(), num_targets])
+        total_loss, total_targets = world.sum(totals).tolist()
+        losses[source] = total_loss / max(total_targets, 1)
     model.train(was_training)
     if losses:
         losses["mean"] = sum(losses.values()) / len(losses)

@@ -41,10 +41,11 @@ def forward_backward(
     totals = world.sum(count(batch) * world.counts_rows).tolist()
     counts = Counts.of(totals)
     shares: list[LossParts] = []
+    batch = batch.part(world.part)
     if pipeline is not None:
         shares = pipeline.forward_backward(batch, micro_rows, counts, mtp_weight, balance_weight, checkpoint)
     else:
-        for micro in batch.part(world.part).split(micro_rows):
+        for micro in batch.split(micro_rows):
             share = pretraining_loss(model, micro, counts, mtp_weight, balance_weight, checkpoint)
             share.total.backward()
             shares.append(share)

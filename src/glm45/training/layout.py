@@ -22,9 +22,11 @@ class Layout:
     context: int = 1
     """Ranks over which a row's tokens are divided; attention trades heads for tokens (Ulysses)."""
     tensor: int = 1
-    """Ranks over which heads and feed-forward widths are divided; tokens between the blocks (sequence parallel)."""
+    """Ranks over which heads and feed-forward widths are divided; tokens between the blocks (sequence parallel).
+    With `expert` above 1, routed and shared experts keep their widths and take the tokens as they lie."""
     expert: int = 1
-    """Ranks over which the experts are divided, tokens sent by all-to-all; divides `shard * context`."""
+    """Ranks over which the experts are divided, tokens sent by all-to-all; divides
+    `shard * context * tensor`."""
     pipeline: int = 1
     """Groups of consecutive layers on ranks of their own."""
     pipeline_schedule: Literal["1f1b", "interleaved"] = "1f1b"
@@ -68,8 +70,9 @@ class Layout:
         widths = {
             "num_key_value_heads": model.num_key_value_heads,
             "intermediate_size": model.intermediate_size,
-            "moe_intermediate_size": model.moe_intermediate_size,
         }
+        if self.expert == 1:
+            widths["moe_intermediate_size"] = model.moe_intermediate_size
         tokens, kv_heads = tensor * context, max(1, model.num_key_value_heads // tensor)
         return [
             (self.replicate != 0 and min(self.shard, context, tensor, self.expert, self.pipeline) >= 1,
@@ -86,11 +89,8 @@ class Layout:
              f"tensor * context {tokens} does not divide every sequence length of {sequence_lengths}"),
             (model.n_routed_experts % self.expert == 0,
              f"expert {self.expert} does not divide n_routed_experts {model.n_routed_experts}"),
-            (self.shard * context % self.expert == 0,
-             f"expert {self.expert} does not divide shard * context {self.shard * context}"),
-            (self.expert == 1 or tensor == 1, "expert and tensor parallelism exclude each other: set one to 1"),
-            (self.pipeline == 1 or tokens == 1, "pipeline goes with replicate, shard and expert only, not with tensor "
-             "or context"),
+            (self.shard * tokens % self.expert == 0,
+             f"expert {self.expert} does not divide shard * context * tensor {self.shard * tokens}"),
             (stages <= model.num_hidden_layers,
              f"{stages} pipeline stages are more than num_hidden_layers {model.num_hidden_layers}"),
         ]  # fmt: skip

@@ -43,9 +43,7 @@ class Observers:
             display.say(f"ALARM at step {state.step}: {alarm}")
 
     def _evaluate(self, state: TrainingState, metrics: Metrics, display: Display) -> None:
-        losses: dict[str, float] = {}
-        if state.pipeline is None:  # a pipeline has no forward pass of its own: evaluate its checkpoints elsewhere
-            losses = held_out_losses(state.model, self._held_out_batches(state), state.world)
+        losses = held_out_losses(state.model, self._held_out_batches(state), state.world, state.pipeline)
         if losses:
             metrics.event({"event": "evaluation", "step": state.step, **losses})
             display.say(f"held-out loss at step {state.step}: {losses['mean']:.4f}")

@@ -22,13 +22,14 @@ from glm45.training.dtensors import local
 from glm45.training.expert_parallel import divide_experts
 from glm45.training.layout import Layout
 from glm45.training.pipeline import Pipeline, sum_embedding_gradients
-from glm45.training.sequence_parallel import divide_contexts, divide_widths, take_tokens
+from glm45.training.sequence_parallel import balance_parts, divide_widths, take_tokens, trade_heads
 
 DENSE = ("pipeline", "replicate", "fsdp", "tensor")
 """Mesh of everything but divided experts; `fsdp` is shard x context, the ranks that share weights."""
 
 SPARSE = ("pipeline", "replicate", "expert_fsdp", "expert")
-"""Mesh of divided experts: the same ranks, `fsdp` split into those that share an expert and those that divide them."""
+"""Mesh of divided experts: the same ranks, `fsdp` and `tensor` together split into those that share an expert and
+those that divide them."""
 
 SEQUENCE = ("data", "context", "tensor")
 """Mesh of parts of sequences."""
@@ -67,7 +68,7 @@ class World:
         sequence = init_device_mesh(device.type, sequence_shape, mesh_dim_names=SEQUENCE)
         sparse = None
         if layout.expert > 1:
-            sizes = (*outer, fsdp // layout.expert, layout.expert)
+            sizes = (*outer, fsdp * layout.tensor // layout.expert, layout.expert)
             sparse = init_device_mesh(device.type, sizes, mesh_dim_names=SPARSE)
         return cls(layout, device, rank, dense, sparse, sequence, _ends(layout, world_size))
 
@@ -150,15 +151,8 @@ def parallelize(model: Glm45, world: World) -> Pipeline | None:
     layout = world.layout
     if world.dense is None:
         return None
-    assert world.sequence is not None
-    if layout.context > 1:
-        divide_contexts(model, world.sequence["context"], lambda x_BT: world.part(x_BT, tensor=False))
-    if layout.tensor > 1:
-        divide_widths(model, world.dense["tensor"])
-    if layout.context * layout.tensor > 1:
-        take_tokens(model, world.part)
-    if layout.expert > 1:
-        assert world.sparse is not None
+    _divide_sequences(model, world)
+    if world.sparse is not None:
         for block in model.moe_layers():
             divide_experts(block.experts, world.sparse["expert"])
     pipeline = None
@@ -167,6 +161,29 @@ def parallelize(model: Glm45, world: World) -> Pipeline | None:
     if uses_fsdp(layout):
         _shard(model, list(pipeline.parts) if pipeline else [model], world)
     return pipeline
+
+
+def _divide_sequences(model: Glm45, world: World) -> None:
+    """Let every rank have a part of each row: context parallelism divides it first, tensor parallelism again."""
+    layout = world.layout
+    if layout.context * layout.tensor == 1:
+        return
+    assert world.dense is not None
+    assert world.sequence is not None
+    contexts = world.sequence["context"].get_group()
+
+    def context_part(x_BT: torch.Tensor) -> torch.Tensor:
+        return world.part(x_BT, tensor=False)
+
+    if layout.context > 1:
+        trade_heads(model, contexts, context_part)
+    if layout.expert > 1:  # divided experts take the tokens as they lie
+        balance_parts(model, dist.new_subgroups(layout.context * layout.tensor)[0], world.part)
+    elif layout.context > 1:
+        balance_parts(model, contexts, context_part)
+    if layout.tensor > 1:
+        divide_widths(model, world.dense["tensor"], moe=layout.expert == 1)
+    take_tokens(model, world.part)
 
 
 def uses_fsdp(layout: Layout) -> bool:
@@ -243,9 +260,9 @@ def is_copy(name: str, world: World) -> bool:
 
 
 def is_divided(parameter: torch.Tensor) -> bool:
-    """Whether tensor parallelism divides a parameter."""
+    """Whether the ranks of a tensor-parallel group hold different parts of a parameter."""
     names = (parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else ()
-    return "tensor" in names
+    return "tensor" in names or "expert" in names
 
 
 def _all_reduce(gradients: "list[torch.Tensor | None]", mesh: DeviceMesh) -> None:

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from glm45.model.layers import Positions
@@ -140,13 +146,22 @@ class Pipeline:
             )
         for part in self.parts:
             part.shares, part.configure = [], (counts, mtp_weight, balance_weight, recompute)
-        schedule = self._schedule(batch, rows, count)
-        names = tuple(batch.__dataclass_fields__)
-        fields = {name: getattr(batch, name) for name in names}
-        inputs = (batch.tokens_BT,) if self.parts[0].is_first else ()
+        schedule = self._schedule(batch, rows, Schedule1F1B, ScheduleInterleaved1F1B, _loss_is_output)
         target = {"target": batch.targets_BT} if self.parts[-1].is_last else {}
-        schedule.step(*inputs, **target, **fields)
+        schedule.step(*self._inputs(batch), **target, **_fields(batch))
         return [self._placed(number, share) for number, part in enumerate(self.parts) for share in part.shares]
+
+    @torch.no_grad()
+    def next_token_loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Run rows forward, each a micro-batch; return the sum of their targets' losses, 0 before the last part."""
+        for part in self.parts:
+            part.shares, part.configure = [], (Counts(targets=1, mtp_targets=1, rows=1), 0.0, 0.0, False)
+        schedule = self._schedule(batch, 1, ScheduleGPipe, ScheduleLoopedBFS, None)
+        schedule.eval(*self._inputs(batch), **_fields(batch))
+        return torch.stack([share.next_token for part in self.parts for share in part.shares]).sum()
+
+    def _inputs(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        return (batch.tokens_BT,) if self.parts[0].is_first else ()
 
     def _placed(self, number: int, share: LossParts) -> LossParts:
         """Put a part's loads into their rows of the whole model's."""
@@ -154,9 +169,11 @@ class Pipeline:
         loads_LE[self.moe_rows[number]] = share.loads_LE
         return LossParts(share.total, share.next_token, share.mtp, share.balance, loads_LE)
 
-    def _schedule(self, batch: MicroBatch, rows: int, count: int) -> Any:
+    def _schedule(self, batch: MicroBatch, rows: int, of_one: Any, of_several: Any, loss: Any) -> Any:
+        """Return the schedule for a batch's micro-batches: of one kind where a rank has one part, else of another."""
         tokens_BT = batch.tokens_BT[:rows]
-        hidden = (*tokens_BT.shape, self.model.config.hidden_size)
+        own_length = tokens_BT.shape[1] // (self.layout.context * self.layout.tensor)
+        hidden = (rows, own_length, self.model.config.hidden_size)
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         between = (
             torch.empty(hidden, device="meta", dtype=wide, requires_grad=True),
@@ -176,9 +193,10 @@ class Pipeline:
             )
             for number, part in zip(self.numbers, self.parts, strict=True)
         ]
+        count = len(batch.tokens_BT) // rows
         if len(stages) == 1:
-            return Schedule1F1B(stages[0], count, loss_fn=_loss_is_output, scale_grads=False)
-        return ScheduleInterleaved1F1B(stages, count, loss_fn=_loss_is_output, scale_grads=False)  # type: ignore
+            return of_one(stages[0], count, loss_fn=loss, scale_grads=False)
+        return of_several(stages, count, loss_fn=loss, scale_grads=False)
 
 
 def divide_layers(num_layers: int, num_parts: int) -> list[range]:
@@ -196,6 +214,10 @@ def _drop_others(model: Glm45, parts: list[Part]) -> None:
     for name in ("embed_tokens", "norm", "lm_head", "mtp"):
         if not any(getattr(part, name, None) is not None for part in parts):
             setattr(model, name, None)
+
+
+def _fields(batch: MicroBatch) -> dict[str, torch.Tensor]:
+    return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
 
 
 def _run(module: nn.Module, recompute: bool, *arguments: Any) -> Any:

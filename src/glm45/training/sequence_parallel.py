@@ -45,11 +45,16 @@ def take_tokens(model: Glm45, part: Callable[[torch.Tensor], torch.Tensor]) -> N
     model.embed = embed_part  # type: ignore
 
 
-def divide_widths(model: Glm45, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: this rank's heads and feed-forward columns; whole sequences inside a block, parts between."""
+def divide_widths(model: Glm45, mesh: DeviceMesh, moe: bool) -> None:
+    """Tensor parallelism: this rank's heads and feed-forward columns; whole sequences inside a block, parts between.
+
+    Mixture-of-experts blocks stay as they are, and see parts of sequences, unless `moe`.
+    """
     group = mesh.get_group()
     for layer in model.decoder_layers():
         for block in (layer.self_attn, layer.mlp):
+            if isinstance(block, MoE) and not moe:
+                continue
             _shard_weights(block, mesh)
             if isinstance(block, MoE):
                 _wrap_moe(block, group)
@@ -106,13 +111,16 @@ def local_weights(block: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter  # type: ignore[assignment]
 
 
-def divide_contexts(model: Glm45, mesh: DeviceMesh, part: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def trade_heads(model: Glm45, group: ProcessGroup, part: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Context parallelism (Ulysses): in attention, ranks trade tokens for heads; `part` cuts this rank's tokens."""
-    group = mesh.get_group()
     for layer in model.decoder_layers():
         _trade_heads(layer.self_attn, group, part)
-        if isinstance(layer.mlp, MoE):
-            _balance_parts(layer.mlp, group, part)
+
+
+def balance_parts(model: Glm45, group: ProcessGroup, part: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let experts' blocks see parts of sequences; the balance loss of a sequence is that of all ranks of `group`."""
+    for block in model.moe_layers():
+        _balance_parts(block, group, part)
 
 
 def _trade_heads(block: Attention, group: ProcessGroup, part: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -21,13 +21,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from glm45.kernels.orthogonalize import orthogonalize
 from glm45.training.dtensors import local
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration (Jordan et al. 2024). Not in the report, which gives the five steps alone."""
-
-EPSILON = 1e-7
-"""Smallest norm that a matrix is divided by. Not in the report; as in `torch.optim.Muon`."""
 
 BATCH_ELEMENTS = 1 << 24
 """Elements orthogonalised at once: bounds the memory of the iteration on large models."""
@@ -133,44 +128,6 @@ def _orthogonalize_divided(
         for part, piece in zip(parts(rank), pieces, strict=True):
             part.copy_(piece.view_as(part))
     return stacks
-
-
-def orthogonalize(x_SMN: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return the matrices with their singular values brought near one (0.7 to 1.2), by Newton-Schulz iteration.
-
-    In bf16 on a GPU; in fp32 on a CPU, whose bf16 products are slower at these sizes. An all-zero matrix stays zero.
-    """
-    if x_SMN.shape[-2] > x_SMN.shape[-1]:
-        return orthogonalize(x_SMN.mT, steps).mT
-    x_SMN = x_SMN / torch.linalg.matrix_norm(x_SMN, keepdim=True).clamp(min=EPSILON)
-    if x_SMN.is_cuda:
-        x_SMN = x_SMN.bfloat16()
-    elif x_SMN.shape[-1] >= 2 * x_SMN.shape[-2]:
-        return _newton_schulz_factor(x_SMN @ x_SMN.mT, steps) @ x_SMN
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
-        gram_SMM = x_SMN @ x_SMN.mT
-        update_SMM = torch.baddbmm(gram_SMM, gram_SMM, gram_SMM, beta=b, alpha=c)
-        x_SMN = torch.baddbmm(x_SMN, update_SMM, x_SMN, beta=a)
-    return x_SMN
-
-
-def _newton_schulz_factor(gram_SMM: torch.Tensor, steps: int) -> torch.Tensor:
-    """Return the factor that the whole iteration multiplies a wide matrix by, from its Gram matrix alone.
-
-    Every step multiplies by Q = a + b G + c G^2 and the Gram matrix becomes Q G Q. On a matrix 32 times as wide as
-    tall (an output head) this is four times as fast; squares need more digits than bf16 has.
-    """
-    a, b, c = NEWTON_SCHULZ
-    factor_SMM = None
-    for turn in range(steps):
-        step_SMM = torch.baddbmm(gram_SMM, gram_SMM, gram_SMM, beta=b, alpha=c)
-        step_SMM.diagonal(dim1=-2, dim2=-1).add_(a)
-        factor_SMM = step_SMM if factor_SMM is None else step_SMM @ factor_SMM
-        if turn < steps - 1:
-            gram_SMM = step_SMM @ gram_SMM @ step_SMM
-    assert factor_SMM is not None, "at least one step"
-    return factor_SMM
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_dry_run_prints_and_saves_and_trains_nothing(glm45, tmp_path):
     status, out, _ = glm45("train", "toy", "--run", tmp_path, "--dry-run")
     assert status == 0
     assert "general" in out
-    assert "GB a rank" in out
+    assert "MB a rank" in out
     assert (tmp_path / "schedule.png").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -89,15 +89,25 @@ def test_dry_run_prints_and_saves_and_trains_nothing(glm45, tmp_path):
         (["toy", "layout.tensor=4"], "tensor 4 does not divide num_key_value_heads 2"),
         (["toy", "model.vocab_size=256"], "tokenized with a vocabulary of 300, model.vocab_size is 256"),
         (["toy", "micro_batch_tokens=4000000000"], "a rank needs about"),
+        (["toy", "evaluation.every=0"], "evaluation.every is 0: set it to 1 or more"),
+        (["toy", "learning_rate.peak=-1"], "learning_rate: peak -1.0 must be above 0"),
+        (["toy", "--processes=0"], "there are 0"),
         (["toy", "stages.0.batch_tokens=100"], "batch_tokens 100 must be a positive multiple of sequence_length 32"),
         (["full"], "the layout needs 256 processes"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_that_says_what_to_do(glm45, tmp_path, arguments, said):
-    status, _, error = glm45("train", *arguments, "--run", tmp_path, "--processes", 1)
+    status, _, error = glm45("train", "--processes", 1, *arguments, "--run", tmp_path)
     assert status == 1
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_a_damaged_configuration_is_named(glm45, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    status, _, error = glm45("train", "toy", "--run", tmp_path)
+    assert status == 1
+    assert f"{tmp_path / 'config.json'} is damaged" in error
 
 
 @pytest.mark.slow
@@ -117,6 +127,18 @@ def test_a_missing_tracker_says_how_to_install_it(glm45, tmp_path):
     status, _, error = glm45("train", "toy", "tracker=trackio", "--run", tmp_path, "--processes", 1)
     assert status == 1
     assert "pip install trackio" in error
+
+
+def test_a_tracker_that_does_not_start_is_one_line(glm45, tmp_path, monkeypatch):
+    class Tracker:
+        @staticmethod
+        def init(**options):
+            raise RuntimeError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", Tracker)
+    status, _, error = glm45("train", "toy", "tracker=wandb", "--run", tmp_path, "--processes", 1)
+    assert status == 1
+    assert "did not start: No API key configured. To go on, log in" in error
 
 
 def test_two_runs_in_one_folder_are_refused(glm45, toy_recipe, tmp_path):

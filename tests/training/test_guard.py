@@ -79,7 +79,7 @@ def test_a_row_of_bad_batches_takes_the_run_back_and_past_them(toy_recipe, tmp_p
 @pytest.mark.slow
 def test_a_run_that_stays_bad_stops_with_advice(toy_recipe, tmp_path, monkeypatch):
     inject(monkeypatch, dict.fromkeys(range(4, 24), math.nan))
-    with pytest.raises(RuntimeError, match=r"stayed bad after 1 rollbacks.*lower learning_rate.peak"):
+    with pytest.raises(ValueError, match=r"stayed bad after 1 rollbacks.*lower learning_rate.peak"):
         train(Run.open(tmp_path, toy_recipe("guard.max_skips=2", "guard.max_rollbacks=1")))
 
 

@@ -118,22 +118,8 @@ class Checkpoints:
         return committed_steps(self.folder)
 
     def newest(self, only_every: int = 1) -> tuple[int, list[str]]:
-        """Return the newest intact checkpoint's step and what was wrong with those passed over.
-
-        `only_every` restricts to steps that are multiples of it. Raises FileNotFoundError if there is none.
-        """
-        problems: list[str] = []
-        for step in reversed(self.steps()):
-            if step % only_every:
-                continue
-            try:
-                verify(self.folder / _name(step))
-            except ValueError as error:
-                problems.append(str(error))
-            else:
-                return step, problems
-        detail = "; ".join(problems) or "no checkpoint was ever committed"
-        raise FileNotFoundError(f"{self.folder}: nothing to resume from ({detail})")
+        """See `newest_intact`."""
+        return newest_intact(self.folder, only_every)
 
     def load(self, step: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Read a checkpoint into `tensors` in place, whatever the layout it was written at, and return its state.
@@ -191,6 +177,25 @@ def committed_steps(folder: Path) -> list[int]:
     """Return the steps of the committed checkpoints in `folder`, ascending."""
     found = folder.glob("step-*/commit.json")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found if path.parent.suffix != ".partial")
+
+
+def newest_intact(folder: Path, only_every: int = 1) -> tuple[int, list[str]]:
+    """Return the newest intact checkpoint's step and what was wrong with those passed over.
+
+    `only_every` restricts to steps that are multiples of it. Raises FileNotFoundError if there is none.
+    """
+    problems: list[str] = []
+    for step in reversed(committed_steps(folder)):
+        if step % only_every:
+            continue
+        try:
+            verify(folder / _name(step))
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            return step, problems
+    detail = "; ".join(problems) or "none was ever committed"
+    raise FileNotFoundError(f"{folder}: no intact checkpoint ({detail})")
 
 
 def verify(checkpoint: Path) -> None:

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from glm45.model import hub
 from glm45.model.transformer import Glm45
-from glm45.training.checkpoint import committed_steps, load, path_of, training_tensors, verify
-from glm45.training.estimate import check_memory, estimate, measure_peak_flops
+from glm45.training.checkpoint import committed_steps, load, newest_intact, path_of, training_tensors, verify
+from glm45.training.estimate import ASSUMED_PEAK_SHARE, check_memory, estimate, measure_peak_flops
 from glm45.training.launch import default_processes, launch, started_by_torchrun
 from glm45.training.loop import RunStoppedError, load_tokenizer, train
 from glm45.training.run import Run
@@ -32,7 +32,7 @@ def run_training(run: Run, arguments: list[str], processes: int | None) -> int:
     """
     if not started_by_torchrun():
         # What a user can mend is told once, before there are many processes.
-        processes = processes or default_processes(run.config)
+        processes = default_processes(run.config) if processes is None else processes
         run.config.layout.resolve(processes)
         available, where = available_memory()
         check_memory(run.config, available / (1 if torch.cuda.is_available() else processes), where)
@@ -53,7 +53,9 @@ def dry_run(run: Run) -> None:
     """Print what a run would do, and save the resolved configuration and a plot of its schedules."""
     config, plan = run.config, Plan(run.config.stages)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = config.layout.world_size() == 1
+    here = config.layout.ranks_per_copy == 1
+    if here:
+        config = replace(config, layout=config.layout.resolve(default_processes(config)))
     dtype = getattr(torch, choose_precision(config, device))
     peak = measure_peak_flops(device, dtype) if here else H100_BF16
     console, table = Console(), Table("stage", "tokens", "steps", "length", "batch", "RoPE base", "MTP", "bias rate")
@@ -71,11 +73,15 @@ def dry_run(run: Run) -> None:
     console.print(table)
     expected = estimate(config, peak)
     size = sum(expected["bytes_per_rank"].values())
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in expected["bytes_per_rank"].items())
+    parts = ", ".join(f"{name} {_short(value)}B" for name, value in expected["bytes_per_rank"].items() if value)
+    where = "processes of this machine" if here else "H100s, at least"
     console.print(f"{expected['tokens']:,} tokens in {expected['steps']:,} steps, {expected['flops']:.2e} operations")
-    console.print(f"about {size / 1e9:.2f} GB a rank ({parts}), {expected['ranks']} ranks a copy")
-    where = "this machine" if here else "H100s"
-    console.print(f"about {expected['seconds'] / 3600:.2f} hours on {where} at {peak / 1e12:.2f} Tflop/s a rank")
+    console.print(f"memory: about {_short(size)}B a rank ({parts})", soft_wrap=True)
+    console.print(
+        f"time: about {_duration(expected['seconds'])} on {expected['ranks']} {where}, if each reaches "
+        f"{ASSUMED_PEAK_SHARE:.0%} of its {_short(peak)}flop/s",
+        soft_wrap=True,
+    )
     if not here:
         check_memory(config, GPU_BYTES, "a GPU of 80 GB")
     run.write()
@@ -92,9 +98,14 @@ def export(folder: Path, out: Path, dtype: str, step: int | None) -> Path:
     steps = committed_steps(run.checkpoints)
     if step is not None and step not in steps:
         raise ValueError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
-    chosen = step if step is not None else _newest_intact(run.checkpoints, steps)
+    if step is None:
+        step, problems = newest_intact(run.checkpoints)
+        for problem in problems:
+            print(f"passed over: {problem}")
+    chosen = path_of(run.checkpoints, step)
+    verify(chosen)
     model = Glm45(run.config.model)
-    load(path_of(run.checkpoints, chosen), training_tensors(model, []))
+    load(chosen, training_tensors(model, []))
     model.set_rope_theta(run.config.stages[-1].rope_theta)
     tokenizer = load_tokenizer(run.config) if Path(run.config.data).exists() else None
     if tokenizer is not None:
@@ -102,7 +113,7 @@ def export(folder: Path, out: Path, dtype: str, step: int | None) -> Path:
     hub.save(model, out, dtype=getattr(torch, dtype))
     if tokenizer is not None:
         tokenizer.save(out)
-    return path_of(run.checkpoints, chosen)
+    return chosen
 
 
 def available_memory() -> tuple[float, str]:
@@ -116,19 +127,14 @@ def available_memory() -> tuple[float, str]:
     return float(lines["MemAvailable"].split()[0]) * 1024, "this machine"
 
 
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds / 60:,.1f} minutes"
+
+
 def _short(number: float) -> str:
     """Three digits with a unit: 67108864 is 67.1M."""
     power = min(len(f"{number:.0f}") - 1, 12) // 3
     return f"{number / 1000**power:.3g}{' kMGT'[power].strip()}"
-
-
-def _newest_intact(checkpoints: Path, steps: list[int]) -> int:
-    problems = []
-    for step in reversed(steps):
-        try:
-            verify(path_of(checkpoints, step))
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            return step
-    raise FileNotFoundError(f"{checkpoints}: no intact checkpoint ({'; '.join(problems) or 'none was written'})")

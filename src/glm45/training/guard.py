@@ -57,10 +57,10 @@ class Guard:
         return len(self.skips_in_row) >= self.config.max_skips
 
     def go_back(self, rollbacks: int, bad_steps: list[int]) -> None:
-        """Pass over `bad_steps` from now on. Raises RuntimeError after too many rollbacks."""
+        """Pass over `bad_steps` from now on. Raises ValueError after too many rollbacks."""
         self.rollbacks = rollbacks
         if rollbacks > self.config.max_rollbacks:
-            raise RuntimeError(
+            raise ValueError(
                 f"the loss stayed bad after {self.config.max_rollbacks} rollbacks, last at steps {bad_steps}: lower "
                 "learning_rate.peak, or look at the data of these steps"
             )

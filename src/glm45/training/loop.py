@@ -32,7 +32,7 @@ from glm45.training.parallel import World
 from glm45.training.progress import Display
 from glm45.training.run import Run, TrainConfig
 from glm45.training.schedule import Step
-from glm45.training.state import TrainingState, describe, settle_facts
+from glm45.training.state import TrainingState, settle_facts
 
 
 class RunStoppedError(Exception):
@@ -47,7 +47,7 @@ def train(run: Run, data: DataFolder | None = None, tokenizer: Tokenizer | None 
     """Train a run from where it stands to its end, and return the model.
 
     `data` and `tokenizer` stand in for the recipe's data folder. Raises ValueError or OSError for what a user can
-    mend, `RunStoppedError` after SIGTERM or Ctrl-C, RuntimeError when the loss stays bad after every rollback.
+    mend, a loss that stays bad after every rollback among it, and `RunStoppedError` after SIGTERM or Ctrl-C.
     """
     config = run.config
     data = open_data(config) if data is None else data
@@ -86,7 +86,7 @@ def _train(
         tracker=config.tracker,
     )
     display = Display(first, plan.num_steps, state.step, config.log_every)
-    try:
+    with closing(checkpoints), closing(metrics), closing(display):
         for problem in problems:
             display.say(f"passed over: {problem}")
         greet(display, run, state)
@@ -113,10 +113,6 @@ def _train(
         checkpoints.wait()
         checkpoints.prune(state.best[0] if state.best else None)
         display.say(f"done: {plan.num_steps} steps, {plan.tokens:,} tokens; {run.folder}")
-    finally:
-        display.close()
-        metrics.close()
-        checkpoints.close()
 
 
 def train_step(state: TrainingState, rows: Rows) -> dict[str, Any]:
@@ -258,10 +254,10 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer | None:
 
 def greet(display: Display, run: Run, state: TrainingState) -> None:
     """Say what will run."""
-    sizes = describe(state)
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
     begun = f"going on at step {state.step:,}" if state.step else "beginning"
     display.say(
-        f"{run.config.name}: {sizes['parameters']:,} parameters, {sizes['steps']:,} steps, {sizes['tokens']:,} tokens, "
+        f"{run.config.name}: {parameters:,} parameters, {state.plan.num_steps:,} steps, {state.plan.tokens:,} tokens, "
         f"{state.facts['precision']}, {state.world.layout.world_size()} processes; {begun} in {run.folder}"
     )
 

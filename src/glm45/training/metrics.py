@@ -46,10 +46,14 @@ class JsonLines:
         self._file.seek(length)
 
     def write(self, record: Record) -> None:
-        """Append one line. A number that JSON lacks (NaN, infinity) becomes null."""
+        """Append one line. A number that JSON lacks (NaN, infinity) becomes null. Raises OSError on a full disk."""
         line = json.dumps({key: _jsonable(value) for key, value in record.items()}, ensure_ascii=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            advice = "free some space and run the same command again"
+            raise OSError(f"{self._path}: {error.strerror or error}; {advice}") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -59,7 +63,8 @@ class JsonLines:
 class Metrics:
     """The places that metrics go to: those in the run folder, and a tracker. Without a folder it is silent.
 
-    Only rank 0 gives a folder. Raises ImportError with the command to install a missing tracker.
+    Only rank 0 gives a folder. Raises ImportError with the command to install a missing tracker, ValueError with what
+    one that does not start says.
     """
 
     def __init__(
@@ -154,6 +159,10 @@ def _open_tracker(name: str, folder: Path, config: Record) -> Any:
     try:
         tracker = importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"tracker={name}: install it with pip install {name}") from error
-    tracker.init(project="glm45", name=folder.name, config=dict(config))
+        raise ImportError(f"tracker={name}: {error}; install it with pip install {name}") from error
+    try:
+        tracker.init(project="glm45", name=folder.name, config=dict(config))
+    except Exception as error:  # of a kind that the tracker defines
+        advice = "log in, keep its files here (WANDB_MODE=offline), or set tracker=none"
+        raise ValueError(f"tracker={name} did not start: {error} To go on, {advice}") from error
     return tracker

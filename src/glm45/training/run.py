@@ -74,6 +74,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages is empty: a run needs at least one stage")
+        counts = {
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "log_every": self.log_every,
+            "evaluation.every": self.evaluation.every,
+            "evaluation.rows": self.evaluation.rows,
+            "health.every": self.health.every,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}: set it to 1 or more")
         longest = max(stage.sequence_length for stage in self.stages)
         if longest > self.model.max_position_embeddings:
             raise ValueError(
@@ -99,7 +109,7 @@ class Run:
         folder = Path(folder)
         saved = folder / "config.json"
         if saved.exists():
-            before = json.loads(saved.read_text())
+            before = _read_json(saved)
             changes = [change for change in _differences(before, to_dict(config)) if not change.startswith(MAY_CHANGE)]
             if changes and not allow_change:
                 raise ValueError(
@@ -114,7 +124,7 @@ class Run:
         saved = Path(folder) / "config.json"
         if not saved.exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
-        return cls(Path(folder), from_dict(TrainConfig, json.loads(saved.read_text())))
+        return cls(Path(folder), from_dict(TrainConfig, _read_json(saved)))
 
     def write(self) -> None:
         """Make the folder and save what will run; a changed recipe keeps the old one beside it."""
@@ -145,6 +155,13 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove it and run the same recipe") from error
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

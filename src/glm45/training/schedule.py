@@ -30,6 +30,8 @@ class LearningRate:
     """Share of the tokens over which WSD decays, linearly. Not in the report."""
 
     def __post_init__(self) -> None:
+        if not (0 < self.peak < math.inf and 0 <= self.final < math.inf):
+            raise ValueError(f"learning_rate: peak {self.peak} must be above 0, final {self.final} 0 or more")
         if not (0 <= self.warmup_fraction < 1 and 0 < self.decay_fraction <= 1 - self.warmup_fraction):
             raise ValueError(
                 f"learning_rate: warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "

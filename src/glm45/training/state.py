@@ -1,9 +1,7 @@
 """Everything that a training run carries from one step to the next: built, saved, loaded."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -137,10 +135,3 @@ def settle_facts(config: TrainConfig, world: World, checkpoints: Path, fingerpri
     else:
         precision = choose_precision(config, world.device)
     return {"precision": world.first(precision), "tokenizer": fingerprint}
-
-
-def describe(state: TrainingState) -> dict[str, Any]:
-    """Return the state's sizes, for the first lines on screen."""
-    count = sum(parameter.numel() for parameter in state.model.parameters())
-    threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    return {"parameters": count, "steps": state.plan.num_steps, "tokens": state.plan.tokens, "threads": threads}

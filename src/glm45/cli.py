@@ -244,6 +244,7 @@ def _serve(options: argparse.Namespace) -> None:
 def define_run(parser: argparse.ArgumentParser) -> None:
     """`glm45 run RECIPE`: everything from raw text to an evaluated model; the same command goes on."""
     parser.add_argument("recipe", help="demo, nano_cpu or one_gpu")
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="dotted overrides, such as seed=1")
     parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE)")
     parser.add_argument("--fast", action="store_true", help="a smoke test of minutes instead of the real thing")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps only")
@@ -257,9 +258,9 @@ def _run(options: argparse.Namespace) -> int:
     from glm45.recipes.whole import run_whole
 
     return run_whole(
-        options.recipe,
+        f"{options.recipe}_fast" if options.fast else options.recipe,
+        options.overrides,
         Path(options.folder) if options.folder else None,
-        fast=options.fast,
         only=options.only,
         skip=options.skip,
         again=options.again,

@@ -51,15 +51,7 @@ def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print
         if unfinished := corpus.chain.run(recipe.executor, report):
             report(f"{', '.join(unfinished)}: submitted; give the same command again when these jobs have ended")
             return manifest_path
-        tokenizing = time.monotonic()
-        entries = tokenize_datasets(
-            corpus.documents,
-            out,
-            vocab_size=recipe.vocab_size,
-            workers=recipe.executor.workers,
-            tokenizer=Path(recipe.tokenizer).expanduser() if recipe.tokenizer else None,
-        )
-        report(f"tokenize: {time.monotonic() - tokenizing:.1f} s")
+        entries = _tokenize(recipe, corpus.documents, out, report)
         described = describe(recipe, corpus, fetched)
         seconds = round(time.monotonic() - started, 1)
         update_manifest(out, {"key": key, "seconds": seconds} | described | entries)
@@ -117,3 +109,19 @@ def _check_space(out: Path) -> None:
     free = shutil.disk_usage(out).free
     if free < MIN_FREE_BYTES:
         raise OSError(f"{out}: {free / 1e6:.0f} MB free, a build needs at least {MIN_FREE_BYTES / 1e6:.0f} MB")
+
+
+def _tokenize(recipe: CorpusRecipe, documents: Path, out: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Tokenize the documents, unless the recipe leaves that to a later step, and return the manifest's entries."""
+    if not (recipe.vocab_size or recipe.tokenizer):
+        return {"datasets": {}}
+    started = time.monotonic()
+    entries = tokenize_datasets(
+        documents,
+        out,
+        vocab_size=recipe.vocab_size,
+        workers=recipe.executor.workers,
+        tokenizer=Path(recipe.tokenizer).expanduser() if recipe.tokenizer else None,
+    )
+    report(f"tokenize: {time.monotonic() - started:.1f} s")
+    return entries

@@ -44,7 +44,8 @@ class CorpusRecipe:
     """Share of found documents that is kept for evaluation as `<source>-<kind>.heldout`; prompts are divided by the
     project's own fraction (`data.splits`). Not in the report."""
     vocab_size: int = 8192
-    """Size of the tokenizer that is trained on the corpus where none is given. Not in the report."""
+    """Size of the tokenizer that is trained on the corpus where none is given; 0 leaves the documents to be
+    tokenized later, together with others. Not in the report."""
     tokenizer: str = ""
     """Folder of a tokenizer to use instead of training one."""
     num_tasks: int = 8

@@ -18,6 +18,7 @@ from glm45.corpus.extract import COMPRESSIONS, open_lines
 from glm45.data.folder import describe_tokenizer, update_manifest
 from glm45.data.mixture import HELD_OUT
 from glm45.data.shards import ShardWriter, require_disk, token_dtype, verify
+from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
 
 TOKENIZER_SAMPLE = 20_000_000
@@ -182,14 +183,17 @@ def _is_held_out(dataset: str) -> bool:
 
 
 def _texts(line: bytes) -> Iterator[str]:
-    """Yield what a tokenizer learns from in a line, nothing where `encode_lines` will reject it."""
+    """Yield what a tokenizer learns from in a line, nothing where `encode_lines` will reject it.
+
+    A chat is rendered, since the template's words and the tools' schemas are text that its prompts repeat.
+    """
     try:
         document = json.loads(line)
-        for text in (document.get("text"), *(message.get("content") for message in document.get("messages", ()))):
-            if isinstance(text, str):
-                text.encode()
-                yield text
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        messages = document.get("messages")
+        text = render(messages, tools=document.get("tools") or None) if messages else document["text"]
+        text.encode()
+        yield text
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
         return
 
 

@@ -12,7 +12,12 @@ from typing import Any
 from glm45.environments.protocol import Message, Reward, Task, assistant, user
 from glm45.seeds import derive_seed
 
-WORDS = ("river", "stone", "apple", "cloud", "tiger", "paper", "green", "music", "bread", "light", "horse", "ocean")
+WORDS = tuple(
+    "river stone apple cloud tiger paper green music bread light horse ocean chair lemon table water grass house mouse "
+    "plant train glass sugar night storm field clock queen robot snake spoon tower whale zebra piano ruler "
+    "beach brick candle dance eagle flame ghost island jacket knife ladder metal needle olive pencil rabbit salad "
+    "thunder uncle violin window yogurt anchor basket".split()
+)
 
 
 def _is_json(text: str, _: Any) -> bool:

@@ -12,7 +12,10 @@ from typing import Any
 from glm45.environments.protocol import Message, Reward, Task, assistant, user
 from glm45.seeds import derive_seed
 
-CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi", "Tokyo", "Quito")
+CITIES = tuple(
+    "Rome Oslo Lima Cairo Paris Delhi Tokyo Quito Bern Riga Kyiv Baku Doha Dakar Accra Lagos Miami Dubai Seoul Osaka "
+    "Milan Porto Malmo Turin Basel Ghent Cork York Perth Hanoi Davao Busan".split()
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -23,8 +26,10 @@ def function(name: str, **parameters: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": schema}}
 
 
-WEATHER = function("weather", city="string")
-REMIND = function("remind", day="string", hour="integer")
+CHORES = ("call Ann", "buy milk", "feed the cat", "pay rent", "water plants", "fix the bike", "read", "rest")
+
+WEATHER = function("weather", city="string", day="string")
+REMIND = function("remind", what="string", hour="integer")
 ADD = function("add", a="integer", b="integer")
 
 
@@ -34,7 +39,10 @@ def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def tool_tasks(seed: int, count: int) -> Iterator[Task]:
-    """Yield requests that need one call, two calls or none, over three small tools. Not in the report."""
+    """Yield requests that need one call, two calls or none, each with one or two of three small tools offered.
+
+    The schemas are most of a prompt's tokens, hence not all three. Not in the report.
+    """
     for index in range(count):
         source = random.Random(derive_seed(seed, "tool tasks", index))
         text, calls = _draw_request(source)
@@ -43,24 +51,36 @@ def tool_tasks(seed: int, count: int) -> Iterator[Task]:
             verifier="tools",
             messages=[user(text)],
             answer=[{"name": name, "arguments": arguments} for name, arguments in calls],
-            tools=[WEATHER, REMIND, ADD],
+            tools=_offer(source, {name for name, _ in calls}),
             thinking=False,
         )
 
 
 def _draw_request(source: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     city, other = source.sample(CITIES, 2)
-    day, hour = source.choice(DAYS), source.randint(1, 12)
-    a, b = source.randint(10, 999), source.randint(10, 999)
+    day, hour, chore = source.choice(DAYS), source.randint(1, 12), source.choice(CHORES)
+    a, b = source.randint(10, 99), source.randint(10, 99)
     return source.choice(
         (
-            (f"How is the weather in {city}?", [("weather", {"city": city})]),
-            (f"Remind me on {day} at {hour}.", [("remind", {"day": day, "hour": hour})]),
+            (f"How is the weather in {city} on {day}?", [("weather", {"city": city, "day": day})]),
+            (f"Remind me to {chore} at {hour}.", [("remind", {"what": chore, "hour": hour})]),
             (f"What is {a} plus {b}?", [("add", {"a": a, "b": b})]),
-            (f"Weather in {city} and {other}?", [("weather", {"city": city}), ("weather", {"city": other})]),
+            (
+                f"Weather in {city} and {other} on {day}?",
+                [("weather", {"city": city, "day": day}), ("weather", {"city": other, "day": day})],
+            ),
             (f"Thanks, {city} was lovely on {day}.", []),
         )
     )
+
+
+def _offer(source: random.Random, needed: set[str]) -> list[dict[str, Any]]:
+    """Draw one or two tools, the needed one among them, in random order."""
+    tools = {tool["function"]["name"]: tool for tool in (WEATHER, REMIND, ADD)}
+    others = sorted(set(tools) - needed)
+    offered = [*needed, *source.sample(others, source.randint(0 if needed else 1, 2 - len(needed)))]
+    source.shuffle(offered)
+    return [tools[name] for name in offered]
 
 
 def read_calls(response: Message) -> list[dict[str, Any]] | None:

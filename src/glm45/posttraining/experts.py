@@ -23,16 +23,17 @@ STEPS = "glm45.posttraining.steps"
 
 @configuration
 class Expert:
-    """One expert: a domain with a cold start, tasks and a verifier."""
+    """One expert: its domains, each with a cold start, tasks and a verifier."""
 
     name: str
     """Names its steps."""
-    domain: str
-    """"arithmetic" (reasoning, thinking), "tools" (function calls, direct) or "instructions" (general, direct)."""
+    domains: tuple[str, ...]
+    """"arithmetic" (reasoning, thinking), "tools" (function calls, direct), "arithmetic-direct" and "instructions"
+    (general, direct)."""
     base_count: int = 3000
-    """Conversations of its domain that a small base is trained on. Not in the report."""
+    """Conversations of each of its domains that a small base is trained on. Not in the report."""
     cold_start_count: int = 2000
-    """Conversations of the cold start: small (report section 3.1)."""
+    """Conversations of each domain in the cold start: small (report section 3.1)."""
     rl_steps: int = 40
     """Updates of its RL."""
 
@@ -71,9 +72,9 @@ class ExpertIteration:
     vocab_size: int = 640
     """Tokens of its tokenizer, special ones not counted."""
     experts: tuple[Expert, ...] = (
-        Expert(name="reasoning", domain="arithmetic"),
-        Expert(name="tool", domain="tools"),
-        Expert(name="general", domain="instructions"),
+        Expert(name="reasoning", domains=("arithmetic",)),
+        Expert(name="tool", domains=("tools",)),
+        Expert(name="general", domains=("instructions",)),
     )
     """The experts; the report has reasoning, agent and general chat."""
     cold_start: ColdStartConfig = ColdStartConfig()
@@ -113,7 +114,7 @@ class ExpertIteration:
 def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
     """Return the run as steps, each with everything its output depends on."""
     shared = {"seed": config.seed}
-    domains = [expert.domain for expert in config.experts]
+    domains = _domains(config)
     tasks = {
         "num_tasks": config.num_tasks,
         "domains": domains,
@@ -145,10 +146,15 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
             _step("final-rl", {"rl": rl, "domains": domains, **shared}, ("overall-sft", "tasks"), "expert_rl", 300)
         )
         last = "final-rl"
-    experts = {expert.name: expert.domain for expert in config.experts}
+    experts = {expert.name: list(expert.domains) for expert in config.experts}
     needs = ("tasks", *(f"{expert.name}-rl" for expert in config.experts), last)
     compared = {"experts": experts, "unified": last, "rl": to_dict(config.rl), "num_samples": config.comparison_samples}
     return [*steps, _step("comparison", {**compared, **shared}, needs)]
+
+
+def _domains(config: ExpertIteration) -> list[str]:
+    """The domains of all experts, each once."""
+    return list(dict.fromkeys(domain for expert in config.experts for domain in expert.domains))
 
 
 def _base(config: ExpertIteration) -> Step:
@@ -157,7 +163,7 @@ def _base(config: ExpertIteration) -> Step:
     assert config.base_shape is not None
     values = {
         "shape": to_dict(config.base_shape),
-        "counts": {expert.domain: expert.base_count for expert in config.experts},
+        "counts": {domain: expert.base_count for expert in config.experts for domain in expert.domains},
         "sft": to_dict(config.base_sft),
         "vocab_size": config.vocab_size,
         "cold_start": to_dict(config.cold_start),
@@ -168,18 +174,14 @@ def _base(config: ExpertIteration) -> Step:
 
 def _expert_steps(config: ExpertIteration, expert: Expert) -> list[Step]:
     """Cold start, RL, trajectories."""
-    name, shared = expert.name, {"domain": expert.domain, "seed": config.seed}
+    name, shared = expert.name, {"domains": list(expert.domains), "seed": config.seed}
     cold = {
         "count": expert.cold_start_count,
         "cold_start": to_dict(config.cold_start),
         "sft": to_dict(config.cold_start_sft),
         **shared,
     }
-    rl = {
-        "rl": {**to_dict(config.rl), "steps": expert.rl_steps, "name": name},
-        "domains": [expert.domain],
-        "seed": config.seed,
-    }
+    rl = {"rl": {**to_dict(config.rl), "steps": expert.rl_steps, "name": name}, **shared}
     collected = {"trajectories": to_dict(config.trajectories), "rl": to_dict(config.rl), **shared}
     return [
         _step(f"{name}-cold-start", cold, ("base",), "expert_cold_start", 120),

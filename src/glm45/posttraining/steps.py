@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,10 @@ def pools(context: Context) -> None:
 
 
 def expert_cold_start(context: Context) -> None:
-    """Fine-tune the base on a small set of one domain's worked answers."""
+    """Fine-tune the base on a small set of worked answers of an expert's domains."""
     config = context.config
     cold = from_dict(ColdStartConfig, config["cold_start"])
-    conversations = list(cold_start(config["domain"], config["seed"], config["count"], cold))
+    conversations = _mixed(dict.fromkeys(config["domains"], config["count"]), config["seed"], cold)
     write_conversations(context.folder / "conversations.jsonl", conversations)
     base = context.inputs["base"] / "model"
     fine_tune(context.folder, conversations, Tokenizer.load(base), base, from_dict(SFTConfig, config["sft"]))
@@ -151,7 +152,11 @@ def expert_trajectories(context: Context) -> None:
     config = context.config
     collect = from_dict(TrajectoryConfig, config["trajectories"])
     source = _model_folder(context)
-    prompts = list(read_tasks(context.inputs["tasks"] / f"{config['domain']}.train.jsonl"))[: collect.num_prompts]
+    prompts = [
+        task
+        for domain in config["domains"]
+        for task in islice(read_tasks(context.inputs["tasks"] / f"{domain}.train.jsonl"), collect.num_prompts)
+    ]
     rl = from_dict(RLConfig, config["rl"])
     sampling = Sampling(collect.num_samples, rl.lengths.full, 1.0, derive_seed(config["seed"], "trajectories"))
     groups = sample_groups(source / "model", prompts, sampling, rl)
@@ -199,8 +204,9 @@ def comparison(context: Context) -> None:
     rl = from_dict(RLConfig, config["rl"])
     sampling = Sampling(config["num_samples"], rl.lengths.full, 1.0, derive_seed(config["seed"], "comparison"))
     rows: dict[str, Retention] = {}
-    for name, domain in config["experts"].items():
-        held_out = list(read_tasks(context.inputs["tasks"] / f"{domain}.held_out.jsonl"))
+    for name, domains in config["experts"].items():
+        files = [context.inputs["tasks"] / f"{domain}.held_out.jsonl" for domain in domains]
+        held_out = [task for file in files for task in read_tasks(file)]
         expert, unified = (
             sample_groups(context.inputs[model] / "model", held_out, sampling, rl)
             for model in (f"{name}-rl", config["unified"])

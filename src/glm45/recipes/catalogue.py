@@ -1,14 +1,16 @@
-"""The recipes by name."""
+"""The training recipes by name."""
 
 import difflib
+import json
 from collections.abc import Callable
+from pathlib import Path
 
+from glm45.config import from_dict
 from glm45.recipes import demo, full, nano_cpu, one_gpu
 from glm45.training.run import TrainConfig
 
 TRAINING: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo.training,
-    "demo_whole": demo.whole,
     "demo_fast": demo.fast,
     "nano_cpu": nano_cpu.training,
     "one_gpu": one_gpu.training,
@@ -18,9 +20,11 @@ TRAINING: dict[str, Callable[[], TrainConfig]] = {
 
 
 def training_recipe(name: str) -> TrainConfig:
-    """Return the training part of a recipe. Raises ValueError with the known names."""
+    """Return the training recipe of that name, or the one in a JSON file. Raises ValueError if it is neither."""
+    if name.endswith(".json"):
+        return from_dict(TrainConfig, json.loads(Path(name).read_text()))
     if name not in TRAINING:
         near = difflib.get_close_matches(name, TRAINING, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no recipe {name!r}; {hint}known: {', '.join(TRAINING)}")
+        raise ValueError(f"no recipe {name!r}; {hint}known: {', '.join(TRAINING)}, or give a JSON file")
     return TRAINING[name]()

@@ -77,10 +77,10 @@ def experts() -> ExpertIteration:
         base_shape=SHAPE,
         base_sft=dataclasses.replace(FROM_NOTHING, sequence_length=384, batch_tokens=3072),
         experts=(
-            Expert(name="reasoning", domain="arithmetic", base_count=12_000, rl_steps=20),
+            Expert(name="reasoning", domains=("arithmetic",), base_count=12_000, rl_steps=20),
             # A prompt with its three tools is 300 tokens long, ten times the others.
-            Expert(name="tool", domain="tools", base_count=2000, cold_start_count=500, rl_steps=15),
-            Expert(name="general", domain="instructions", base_count=8000, rl_steps=20),
+            Expert(name="tool", domains=("tools",), base_count=2000, cold_start_count=500, rl_steps=15),
+            Expert(name="general", domains=("instructions",), base_count=8000, rl_steps=20),
         ),
         cold_start=ColdStartConfig(arithmetic=dataclasses.replace(PROBLEMS, max_digits=2)),
         cold_start_sft=gentle,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from glm45.config import from_dict, override
+from glm45.config import from_dict, override, to_dict
 from glm45.data.folder import update_manifest
 from glm45.pipeline import Context
 
@@ -31,8 +31,8 @@ def build_corpus(context: Context) -> None:
     build(chosen, context.folder, report)
 
 
-def add_conversations(context: Context) -> None:
-    """Make the training data: the corpus, and beside it worked conversations of every domain in `config["domains"]`.
+def tokenize_data(context: Context) -> None:
+    """Train the tokenizer and tokenize the data: the corpus, and worked conversations of every domain beside it.
 
     Mid-training includes instruction data (report section 2.3). The conversations are sound ones, of training prompts.
     """
@@ -41,37 +41,37 @@ def add_conversations(context: Context) -> None:
     from glm45.posttraining.coldstart import ColdStartConfig, cold_start
     from glm45.posttraining.conversations import write_conversations
 
-    corpus, documents = context.inputs["corpus"], context.folder / "documents"
+    corpus = context.inputs["corpus"].resolve()
+    described = json.loads((corpus / MANIFEST).read_text())
+    documents = context.folder / "documents"
     documents.mkdir(exist_ok=True)
+    for dataset in (corpus / described["documents"]).iterdir():
+        link = documents / dataset.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(dataset)
     sound = from_dict(ColdStartConfig, context.config["cold_start"])
-    for domain, count in context.config["domains"].items():
+    for domain, count in context.config["conversations"].items():
+        context.progress(0.1, f"{count:,} conversations of {domain}")
         made = cold_start(domain, context.config["seed"], count, sound)
         write_conversations(documents / f"chat-{domain}.sound.jsonl", made)
-    entries = tokenize_folder(documents, context.folder, vocab_size=0, workers=2, tokenizer=corpus / "tokenizer")
-    whole = json.loads((corpus / MANIFEST).read_text())
-    for file in sorted((corpus / "shards").glob("*.*")):
-        if file.suffix in (".bin", ".idx"):
-            link = context.folder / "shards" / file.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("..") / ".." / "corpus" / "shards" / file.name)
-    update_manifest(context.folder, {**whole, "datasets": {**whole["datasets"], **entries["datasets"]}})
+    context.progress(0.3, "tokenizer and tokens")
+    entries = tokenize_folder(documents, context.folder, vocab_size=context.config["vocab_size"], workers=2)
+    update_manifest(context.folder, {**described, **entries})
 
 
 def pretrain(context: Context) -> None:
-    """Pre-train and mid-train `config["recipe"]` on the data, then export the last checkpoint."""
-    from glm45.recipes.catalogue import training_recipe
+    """Pre-train and mid-train the recipe `config["training"]` on the data, then export the last checkpoint."""
     from glm45.training.command import export, run_training
-    from glm45.training.run import Run
+    from glm45.training.run import Run, TrainConfig
     from glm45.training.schedule import Plan
 
-    overrides = [f"data={context.inputs['data']}", *context.config.get("overrides", [])]
-    name = context.config["recipe"]
-    config = override(training_recipe(name), overrides)
+    config = from_dict(TrainConfig, {**context.config["training"], "data": str(context.inputs["data"])})
+    recipe = context.folder / "recipe.json"
+    recipe.write_text(json.dumps(to_dict(config), indent=1))
     run = Run.open(context.folder, config)
     steps = Plan(config.stages).num_steps
     with _watch(context, lambda: _last_step(context.folder / "metrics.jsonl") / steps):
-        arguments = ["train", name, *overrides, "--run", str(context.folder)]
-        status = run_training(run, arguments, context.config.get("processes"))
+        status = run_training(run, ["train", str(recipe), "--run", str(context.folder)], context.config["processes"])
     if status:
         raise KeyboardInterrupt if status in (130, 143) else ValueError(f"training ended with status {status}")
     export(context.folder, context.folder / CHECKPOINT, "float32", None)

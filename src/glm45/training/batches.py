@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm45.data.answers import AnswersOnly
 from glm45.data.folder import DataFolder
 from glm45.data.loader import Batch, Loader, prefetch
+from glm45.text.tokenizer import Tokenizer
 from glm45.training.parallel import World
 from glm45.training.run import TrainConfig
 from glm45.training.schedule import Plan, Step
@@ -23,8 +25,11 @@ class Rows:
 class Batches:
     """The loaders of a run's stages, each going on in every dataset where the stage before it stopped."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, folder: DataFolder, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, plan: Plan, folder: DataFolder, world: World, tokenizer: Tokenizer | None = None
+    ) -> None:
         self.folder, self.plan, self.world = folder, plan, world
+        self._answers_only = AnswersOnly(tokenizer) if tokenizer else None
         self.loaders: list[Loader] = []
         self.epochs: list[dict[str, float]] = []  # how many times each stage reads each dataset
         for number, stage in enumerate(config.stages):
@@ -40,6 +45,9 @@ class Batches:
         segment = step.segment
         loader = self.loaders[segment.stage_index]
         batch = loader.rows(step.first_row, segment.rows, self.world.data_rank, self.world.num_data_ranks)
+        if segment.stage.answers_only:
+            assert self._answers_only is not None, "answers are found by the tokenizer's role tokens"
+            batch = self._answers_only(batch)
         return Rows(step, batch)
 
     def ahead(self, first: int) -> Iterator[Rows]:

@@ -57,7 +57,7 @@ def train(run: Run, data: DataFolder | None = None, tokenizer: Tokenizer | None 
         fingerprint = tokenizer.fingerprint if tokenizer else "none"
         facts = settle_facts(config, world, run.checkpoints, fingerprint)
         state = TrainingState.begin(config, world, facts)
-        batches = Batches(config, state.plan, data, world)
+        batches = Batches(config, state.plan, data, world, tokenizer)
         if world.rank == 0:
             run.write()
         checkpoints = Checkpoints(run.checkpoints, config.checkpoints)

@@ -22,6 +22,9 @@ class Stage:
     """Which datasets of the data folder the tokens come from; a stage with its own data ignores it."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """Concatenate and cut in pre-training; best fit, no document cut, in mid-training (report section 2.2)."""
+    answers_only: bool = False
+    """Learn chats from what the assistant produced alone, as in SFT; documents without roles are learnt whole. Not in
+    the report."""
     rope_theta: float = 10_000.0
     """RoPE base: 10,000, and 1,000,000 from 32K on (report section 2.4)."""
     mtp_weight: float = 0.3

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 
-from glm45.recipes.whole import whole_run
+from glm45.config import override
+from glm45.recipes.whole import RUNS, whole_run, whole_steps
 
 
-def test_every_step_of_the_demo_names_a_function_that_exists():
+def test_every_step_of_a_whole_run_names_a_function_that_exists():
     import importlib
 
-    for fast in (False, True):
-        for step in whole_run("demo", fast=fast):
+    for name in RUNS:
+        for step in whole_steps(whole_run(name)):
             module, name = step.function.split(":")
             assert callable(getattr(importlib.import_module(module), name))
 
@@ -44,3 +45,12 @@ def test_the_fast_demo_goes_from_raw_text_to_a_report(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert "running" not in again.stderr, "a finished run was run again"
     assert again.returncode == 0
+
+
+def test_a_seed_changes_every_step_but_the_corpus():
+    first, second = (
+        {step.name: step.config for step in whole_steps(override(whole_run("demo"), [f"seed={seed}"]))}
+        for seed in (0, 1)
+    )
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == set(first) - {"corpus", "evaluation", "publish"}

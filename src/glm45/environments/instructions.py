@@ -13,10 +13,7 @@ from glm45.environments.protocol import Message, Reward, Task, assistant, user
 from glm45.seeds import derive_seed
 
 WORDS = tuple(
-    "river stone apple cloud tiger paper green music bread light horse ocean chair lemon table water grass house mouse "
-    "plant train glass sugar night storm field clock queen robot snake spoon tower whale zebra piano ruler "
-    "beach brick candle dance eagle flame ghost island jacket knife ladder metal needle olive pencil rabbit salad "
-    "thunder uncle violin window yogurt anchor basket".split()
+    ["river", "stone", "apple", "cloud", "tiger", "paper", "green", "music", "bread", "light", "horse", "ocean", "chair", "lemon", "table", "water", "grass", "house", "mouse", "plant", "train", "glass", "sugar", "night"]
 )
 
 
@@ -63,13 +60,14 @@ def instruction_tasks(seed: int, count: int) -> Iterator[Task]:
     """Yield short instructions about words; direct answers, no thinking. Not in the report."""
     for index in range(count):
         source = random.Random(derive_seed(seed, "instructions", index))
-        word, other = source.sample(WORDS, 2)
+        word, other, third = source.sample(WORDS, 3)
         times = source.randint(2, 4)
         text, constraints = source.choice(
             (
                 (f"Say {word} {times} times.", {"equals": " ".join([word] * times)}),
                 (f"Say {word} in capitals.", {"equals": word.upper()}),
                 (f"Say {word}, then {other}.", {"equals": f"{word} {other}"}),
+                (f"Say {word}, {other} and {third}.", {"equals": f"{word} {other} {third}"}),
                 (f"Spell {word}.", {"equals": " ".join(word)}),
                 (f"Say {times} words. Begin with {word}.", {"num_words": times, "starts_with": word}),
                 (f"Say {times} words. End with {word}.", {"num_words": times, "ends_with": word}),

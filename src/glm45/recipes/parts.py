@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from glm45.data.mixture import Mixture
 from glm45.training.stages import Stage
 
 TRILLIONS = {
@@ -22,7 +21,6 @@ def report_stages(
     tokens: int,
     batch_tokens: int,
     lengths: tuple[int, int, int] = (4096, 32_768, 131_072),
-    mixtures: Mapping[str, Mixture] | None = None,
     router_bias_rate: float = 0.001,
     shares: Mapping[str, float] = TRILLIONS,
 ) -> tuple[Stage, ...]:
@@ -45,7 +43,6 @@ def report_stages(
                 tokens=max(round(scale * shares[name]), batch_tokens),
                 sequence_length=length,
                 batch_tokens=batch_tokens,
-                mixture=(mixtures or {}).get(name, Mixture()),
                 packing="concatenate" if pretraining else "best_fit",
                 rope_theta=10_000.0 if pretraining else 1_000_000.0,
                 mtp_weight=0.3 if first else 0.1,

@@ -9,9 +9,12 @@ from pathlib import Path
 from glm45.config import from_dict, override, to_dict
 from glm45.data.folder import update_manifest
 from glm45.pipeline import Context
+from glm45.report.run import ACCEPTANCE
 
 CHECKPOINT = "model"
 """Folder of the hub checkpoint inside the folder of every step that makes one."""
+DRAFTED_TASKS = 20
+"""Tasks of each suite on which the acceptance of drafts is measured."""
 
 
 def build_corpus(context: Context) -> None:
@@ -78,7 +81,8 @@ def pretrain(context: Context) -> None:
 
 
 def evaluate(context: Context) -> None:
-    """Evaluate every input that holds a checkpoint on `config["suites"]`; results go to `MODEL/SUITE/`."""
+    """Evaluate every input on `config["suites"]`; results go to `MODEL/SUITE/`, the MTP layers' to `acceptance.json`."""
+    from glm45.evaluation.drafts import draft_acceptance
     from glm45.evaluation.runner import run_suite
     from glm45.evaluation.suites import SuiteOptions, build_suite
     from glm45.evaluation.targets import LocalTarget
@@ -86,6 +90,7 @@ def evaluate(context: Context) -> None:
     options = from_dict(SuiteOptions, context.config.get("options", {}))
     suites = [build_suite(name, options) for name in context.config["suites"]]
     total = len(context.inputs) * len(suites)
+    acceptance: dict[str, float | None] = {}
     for number, (name, folder) in enumerate(context.inputs.items()):
         target = LocalTarget.load(folder / CHECKPOINT)
         try:
@@ -97,6 +102,9 @@ def evaluate(context: Context) -> None:
                 print(f"{name} {suite.name}: {score.mean:.3f}" if score else f"{name} {suite.name}: not judged")
         finally:
             target.close()
+        asked = [task for suite in suites for task in suite.tasks[:DRAFTED_TASKS]]
+        acceptance[name] = draft_acceptance(folder / CHECKPOINT, asked)
+    (context.folder / ACCEPTANCE).write_text(json.dumps(acceptance, indent=1) + "\n")
 
 
 def publish(context: Context) -> None:

@@ -13,6 +13,8 @@ from glm45.pipeline import Pipeline, Step
 from glm45.posttraining.coldstart import ColdStartConfig
 from glm45.posttraining.experts import Expert, ExpertIteration, TrajectoryConfig, expert_iteration_steps
 from glm45.recipes import demo as demo_training
+from glm45.recipes import nano_cpu as nano_cpu_training
+from glm45.recipes import one_gpu as one_gpu_training
 from glm45.recipes.display import RunDisplay
 from glm45.recipes.posttraining import FROM_NOTHING
 from glm45.report.run import write_report
@@ -66,7 +68,7 @@ def demo() -> WholeRun:
         sequence_length=512,  # the tools' schemas are most of a row
         batch_tokens=4096,
         router_bias_rate=0.0,
-        mtp_weight=0.1,
+        mtp_weight=0.0,  # a third of the time
         epochs=1.0,
     )
     rl = RLConfig(
@@ -81,7 +83,7 @@ def demo() -> WholeRun:
     return WholeRun(
         corpus="demo",
         vocab_size=2048,
-        conversations={"arithmetic": 10_000, "arithmetic-direct": 20_000, "tools": 2500, "instructions": 5000},
+        conversations={"arithmetic": 10_000, "arithmetic-direct": 20_000, "tools": 2500, "instructions": 10_000},
         training=demo_training.whole(),
         iteration=ExpertIteration(
             name="demo",
@@ -89,7 +91,9 @@ def demo() -> WholeRun:
             experts=(
                 Expert(name="reasoning", domains=("arithmetic",), cold_start_count=1500, rl_steps=20),
                 Expert(name="tool", domains=("tools",), cold_start_count=500, rl_steps=10),
-                Expert(name="general", domains=("arithmetic-direct", "instructions"), cold_start_count=1500, rl_steps=20),
+                Expert(
+                    name="general", domains=("arithmetic-direct", "instructions"), cold_start_count=1500, rl_steps=20
+                ),
             ),
             cold_start=ColdStartConfig(arithmetic=PROBLEMS),
             cold_start_sft=gentle,
@@ -129,6 +133,49 @@ def demo_fast() -> WholeRun:
     )
 
 
+def nano_cpu() -> WholeRun:
+    """The same for `nano` on two cores in a night, on everything that pip and apt reach."""
+    return _larger(nano_cpu_training.training(), conversations=50_000, rl_steps=60)
+
+
+def one_gpu() -> WholeRun:
+    """The same for `mini` on one GPU of 80 GB, on everything that pip and apt reach."""
+    return _larger(one_gpu_training.training(), conversations=100_000, rl_steps=100)
+
+
+def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRun:
+    """The demo with another model, more of everything and problems of up to four digits."""
+    whole = demo()
+    problems = dataclasses.replace(PROBLEMS, max_digits=4)
+    sft = dataclasses.replace(whole.iteration.overall_sft, batch_tokens=16_384)
+    experts = [dataclasses.replace(each, cold_start_count=4000, rl_steps=rl_steps) for each in whole.iteration.experts]
+    return dataclasses.replace(
+        whole,
+        corpus="full",
+        vocab_size=training.model.vocab_size,
+        conversations=dict.fromkeys(whole.conversations, conversations),
+        training=dataclasses.replace(training, stages=demo_training.on_corpus_and_chats(training.stages)),
+        iteration=dataclasses.replace(
+            whole.iteration,
+            experts=tuple(experts),
+            cold_start=ColdStartConfig(arithmetic=problems),
+            cold_start_sft=sft,
+            overall_sft=sft,
+            num_tasks=6000,
+            rl=dataclasses.replace(
+                whole.iteration.rl,
+                stages=(CurriculumStage(),),
+                lengths=LengthSchedule(caps=((0, 128),)),
+                evaluation=RLEvaluationConfig(),
+            ),
+            trajectories=TrajectoryConfig(num_prompts=3000),
+            replay_count=5000,
+            final_rl_steps=rl_steps // 2,
+        ),
+        evaluation=SuiteOptions(max_tokens=128, num_tasks=100, arithmetic=problems),
+    )
+
+
 def whole_steps(whole: WholeRun) -> list[Step]:
     """Return a whole run as steps, each with everything that its output depends on."""
     iteration = dataclasses.replace(whole.iteration, seed=whole.seed)
@@ -162,7 +209,12 @@ def whole_steps(whole: WholeRun) -> list[Step]:
     ]
 
 
-RUNS: dict[str, Callable[[], WholeRun]] = {"demo": demo, "demo_fast": demo_fast}
+RUNS: dict[str, Callable[[], WholeRun]] = {
+    "demo": demo,
+    "demo_fast": demo_fast,
+    "nano_cpu": nano_cpu,
+    "one_gpu": one_gpu,
+}
 
 
 def whole_run(name: str) -> WholeRun:

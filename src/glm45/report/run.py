@@ -13,6 +13,9 @@ from glm45.pipeline import RECORD
 from glm45.report.reinforcement import add_reinforcement
 from glm45.report.training import add_training
 
+ACCEPTANCE = "acceptance.json"
+"""File of an evaluation with every model's share of accepted drafts."""
+
 LIMITS = (
     "At this size much of what reinforcement learning gains is choice of strategy: the model learns to prefer the "
     "careful of the ways that fine-tuning taught it. The share of careful answers is reported beside the accuracy.",
@@ -125,7 +128,7 @@ def _add_evaluation(page: Page, run: Path, order: Sequence[str]) -> None:
     page.table(
         ["suite", *models], [[suite, *(_score(row.get(model)) for model in models)] for suite, row in results.items()]
     )
-    page.plots(*(_bars(suite, row) for suite, row in results.items()))
+    page.plots(*(_bars(suite, row) for suite, row in results.items()), _acceptance(run))
     for suite, row in results.items():
         page.heading(suite)
         _add_answers(page, run, suite, list(row))
@@ -136,6 +139,14 @@ def _bars(suite: str, row: Mapping[str, Mapping[str, Any]]) -> str:
     means = {model: score["mean"] for model, score in scores.items()}
     intervals = {model: (score["low"], score["high"]) for model, score in scores.items()}
     return bars(means, suite, "score", intervals=intervals, most=1.0) if means else ""
+
+
+def _acceptance(run: Path) -> str:
+    """Draw how often each model's MTP layer guessed the next token of its own greedy answers."""
+    shares: dict[str, float] = {}
+    for file in sorted((run / "steps").glob(f"*/{ACCEPTANCE}")):
+        shares |= {name: share for name, share in json.loads(file.read_text()).items() if share is not None}
+    return bars(shares, "Drafts of the MTP layer that greedy decoding accepts", "share", most=1.0) if shares else ""
 
 
 def _score(result: Mapping[str, Any] | None) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 from glm45.environments.protocol import Message, Reward, Task, assistant, user
 from glm45.seeds import derive_seed
 
-WORDS = tuple(
-    ["river", "stone", "apple", "cloud", "tiger", "paper", "green", "music", "bread", "light", "horse", "ocean", "chair", "lemon", "table", "water", "grass", "house", "mouse", "plant", "train", "glass", "sugar", "night"]
+WORDS = (
+    *("river", "stone", "apple", "cloud", "tiger", "paper", "green", "music", "bread", "light", "horse", "ocean"),
+    *("chair", "lemon", "table", "water", "grass", "house", "mouse", "plant", "train", "glass", "sugar", "night"),
 )
 
 

@@ -6,13 +6,15 @@ at laptop scale rules write them. Nothing of these generators is in the report.
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 
 from glm45.config import configuration
 from glm45.corpus.arithmetic import ArithmeticConfig, draw_problem, write_trace
 from glm45.data.splits import is_held_out
 from glm45.environments.arithmetic import arithmetic_task
 from glm45.environments.instructions import instruction_tasks, reference_reply
-from glm45.environments.protocol import Task, assistant
+from glm45.environments.protocol import Message, Task, assistant
 from glm45.environments.tasks import prompt_text
 from glm45.environments.tools import tool_call, tool_tasks
 from glm45.posttraining.conversations import Conversation, answered
@@ -27,6 +29,9 @@ class ColdStartConfig:
     """Problems, and the share of careful traces: the rest are sloppy, so that there is something to select."""
     sound_share: float = 0.7
     """Share of right tool calls and instructions kept; the others get a plausible fault. Not in the report."""
+    requests_per_conversation: int = 1
+    """Requests that a conversation with tools holds, with their results and a reply after each: more than one shares
+    the tools' schemas, which are most of a short conversation's tokens. Not in the report."""
 
 
 def cold_start(domain: str, seed: int, count: int, config: ColdStartConfig) -> Iterator[Conversation]:
@@ -62,14 +67,30 @@ def _direct_arithmetic(seed: int, config: ColdStartConfig) -> Iterator[Conversat
 
 
 def _tools(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
+    requests = _tool_requests(seed, config.sound_share)
+    while True:
+        drawn = list(islice(requests, config.requests_per_conversation))
+        messages: list[Message] = []
+        for task, response in drawn[:-1]:
+            messages += [*task.messages, response]
+            if calls := response.get("tool_calls"):
+                messages += [{"role": "tool", "content": "ok"} for _ in calls]
+                messages.append(assistant("Done."))
+        task, response = drawn[-1]
+        tools = {tool["function"]["name"]: tool for task, _ in drawn for tool in task.tools}
+        last = replace(task, messages=[*messages, *task.messages], tools=list(tools.values()))
+        yield answered(last, response, source="cold start")
+
+
+def _tool_requests(seed: int, sound_share: float) -> Iterator[tuple[Task, Message]]:
+    """Yield requests with the right calls, or with a plausible fault in them."""
     for number, task in enumerate(_endless(tool_tasks, seed)):
         source = random.Random(derive_seed(seed, "fault", number))
         calls = [(call["name"], dict(call["arguments"])) for call in task.answer]
-        if calls and source.random() >= config.sound_share:
+        if calls and source.random() >= sound_share:
             calls = _spoil(calls, source)
         content = "" if calls else "You are welcome."
-        response = assistant(content, tool_calls=[tool_call(*call) for call in calls])
-        yield answered(task, response, source="cold start")
+        yield task, assistant(content, tool_calls=[tool_call(*call) for call in calls])
 
 
 def _instructions(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:

@@ -89,8 +89,8 @@ class ExpertIteration:
     """What of an expert's answers is learnt from."""
     balance: ModeBalance = ModeBalance()
     """Thinking against direct conversations of the overall set."""
-    replay_count: int = 0
-    """Sound worked conversations of each domain that join the overall SFT set. The report's set is the experts' own
+    replay: dict[str, int] = field(default_factory=dict)
+    """Sound worked conversations that join the overall SFT set, by domain. The report's set is the experts' own
     answers alone, millions of them; small runs need a floor. Not in the report."""
     overall_sft: SFTConfig = SFTConfig()
     """Fine-tuning of the unified model."""
@@ -127,10 +127,8 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
         steps += _expert_steps(config, expert)
         trajectories.append(f"{expert.name}-trajectories")
     sound = dataclasses.replace(config.cold_start.arithmetic, careful_share=1.0)
-    replay = {
-        "counts": dict.fromkeys(domains, config.replay_count),
-        "cold_start": to_dict(ColdStartConfig(arithmetic=sound, sound_share=1.0)),
-    }
+    replayed = dataclasses.replace(config.cold_start, arithmetic=sound, sound_share=1.0)
+    replay = {"counts": config.replay, "cold_start": to_dict(replayed)}
     overall = {
         "sft": to_dict(config.overall_sft),
         "balance": to_dict(config.balance),

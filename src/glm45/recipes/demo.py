@@ -40,9 +40,9 @@ QUALITY = {"*.high": 3.2}
 
 CHATS = {
     "chat-arithmetic.*": 0.2,
-    "chat-arithmetic-direct.*": 0.3,
-    "chat-tools.*": 0.3,
-    "chat-instructions.*": 0.2,
+    "chat-arithmetic-direct.*": 0.37,
+    "chat-tools.*": 0.28,
+    "chat-instructions.*": 0.15,
 }
 """Worked conversations by domain: sums by heart need the most examples, the tools' schemas the most tokens. Not in the
 report."""
@@ -78,7 +78,7 @@ def whole() -> TrainConfig:
     The report stops moving the balance bias after the first stage; here the kinds of data of the later ones are so
     different that all tokens then go to two experts (MaxVio 2.9 of at most 3, docs/log.md).
     """
-    stages = report_stages(1_750_000, 2048, (256, 256, 1024), router_bias_rate=0.01, shares=SHARES)
+    stages = report_stages(1_600_000, 2048, (256, 512, 1024), router_bias_rate=0.01, shares=SHARES)
     return dataclasses.replace(
         training(),
         name="demo_whole",

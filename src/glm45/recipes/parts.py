@@ -13,6 +13,9 @@ TRILLIONS = {
 }
 """Tokens of the report's stages (sections 2.2 and 2.3), 23.1 in all."""
 
+PRETRAINING = ("general", "code and reasoning")
+"""The stages before mid-training."""
+
 BATCH_WARMUP_SHARE = 0.5 / 23.1
 """Share of all tokens over which the batch grows to four times its first size (report section 2.4)."""
 
@@ -36,7 +39,7 @@ def report_stages(
     scale = tokens / sum(shares.values())
     stages = []
     for name, length in zip(TRILLIONS, (short, short, long, long, longest), strict=True):
-        first, pretraining = name == "general", length == short
+        first, pretraining = name == "general", name in PRETRAINING
         stages.append(
             Stage(
                 name=name,

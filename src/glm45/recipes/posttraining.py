@@ -85,7 +85,7 @@ def experts() -> ExpertIteration:
         cold_start=ColdStartConfig(arithmetic=dataclasses.replace(PROBLEMS, max_digits=2)),
         cold_start_sft=gentle,
         overall_sft=gentle,
-        replay_count=1000,
+        replay=dict.fromkeys(("arithmetic", "tools", "instructions"), 1000),
         rl=RLConfig(
             name="expert",
             policy="",

@@ -81,7 +81,7 @@ def pretrain(context: Context) -> None:
 
 
 def evaluate(context: Context) -> None:
-    """Evaluate every input on `config["suites"]`; results go to `MODEL/SUITE/`, the MTP layers' to `acceptance.json`."""
+    """Evaluate every input on `config["suites"]`; results go to `MODEL/SUITE/` and `acceptance.json`."""
     from glm45.evaluation.drafts import draft_acceptance
     from glm45.evaluation.runner import run_suite
     from glm45.evaluation.suites import SuiteOptions, build_suite

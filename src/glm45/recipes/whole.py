@@ -11,6 +11,7 @@ from glm45.corpus.arithmetic import ArithmeticConfig
 from glm45.evaluation.suites import SuiteOptions
 from glm45.pipeline import Pipeline, Step
 from glm45.posttraining.coldstart import ColdStartConfig
+from glm45.posttraining.conversations import ModeBalance
 from glm45.posttraining.experts import Expert, ExpertIteration, TrajectoryConfig, expert_iteration_steps
 from glm45.recipes import demo as demo_training
 from glm45.recipes import nano_cpu as nano_cpu_training
@@ -25,7 +26,7 @@ from glm45.training.schedule import LearningRate
 
 STEPS = "glm45.recipes.steps"
 SUITES = ("arithmetic-thinking", "arithmetic-direct", "tools", "instructions")
-PROBLEMS = ArithmeticConfig(operations=("add", "subtract"), min_digits=2, max_digits=2, careful_share=0.5)
+PROBLEMS = ArithmeticConfig(operations=("add", "subtract"), min_digits=2, max_digits=2, careful_share=0.6)
 
 FEW_MODULES = (
     '[{"name": "stdlib", "reader": "stdlib", "license": "PSF-2.0", "include": ["*json/*.py", "*email/*.py", '
@@ -66,8 +67,6 @@ def demo() -> WholeRun:
         FROM_NOTHING,
         learning_rate=LearningRate(peak=2e-3, final=2e-4),
         sequence_length=512,  # the tools' schemas are most of a row
-        batch_tokens=4096,
-        router_bias_rate=0.0,
         mtp_weight=0.0,  # a third of the time
         epochs=1.0,
     )
@@ -77,34 +76,35 @@ def demo() -> WholeRun:
         tasks="",
         held_out="",
         stages=(CurriculumStage(prompts_per_step=16, samples_per_prompt=8),),
-        lengths=LengthSchedule(caps=((0, 48),)),
+        lengths=LengthSchedule(caps=((0, 96),)),
         evaluation=RLEvaluationConfig(every=10, num_tasks=64, num_samples=2),
     )
     return WholeRun(
         corpus="demo",
         vocab_size=2048,
-        conversations={"arithmetic": 10_000, "arithmetic-direct": 20_000, "tools": 2500, "instructions": 10_000},
+        conversations={"arithmetic": 10_000, "arithmetic-direct": 20_000, "tools": 1500, "instructions": 10_000},
         training=demo_training.whole(),
         iteration=ExpertIteration(
             name="demo",
             base="base",
             experts=(
-                Expert(name="reasoning", domains=("arithmetic",), cold_start_count=1500, rl_steps=20),
-                Expert(name="tool", domains=("tools",), cold_start_count=500, rl_steps=10),
+                Expert(name="reasoning", domains=("arithmetic",), cold_start_count=1500, rl_steps=30),
+                Expert(name="tool", domains=("tools",), cold_start_count=200, rl_steps=10),
                 Expert(
-                    name="general", domains=("arithmetic-direct", "instructions"), cold_start_count=1500, rl_steps=20
+                    name="general", domains=("arithmetic-direct", "instructions"), cold_start_count=1500, rl_steps=30
                 ),
             ),
-            cold_start=ColdStartConfig(arithmetic=PROBLEMS),
+            cold_start=ColdStartConfig(arithmetic=PROBLEMS, requests_per_conversation=3),
             cold_start_sft=gentle,
-            overall_sft=gentle,
+            overall_sft=dataclasses.replace(gentle, learning_rate=LearningRate(peak=4e-3, final=2e-4)),
+            balance=ModeBalance(thinking_share=0.2),  # sums by heart take more examples than written-out ones
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay_count=1000,
+            replay={"arithmetic": 3000, "arithmetic-direct": 10_000, "tools": 700, "instructions": 4000},
             final_rl_steps=10,
         ),
-        evaluation=SuiteOptions(num_tasks=100, max_tokens=64, arithmetic=PROBLEMS),
+        evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),
     )
 
 
@@ -126,7 +126,7 @@ def demo_fast() -> WholeRun:
             cold_start_sft=sft,
             overall_sft=sft,
             trajectories=TrajectoryConfig(num_prompts=40),
-            replay_count=50,
+            replay=dict.fromkeys(whole.conversations, 50),
             final_rl_steps=1,
         ),
         evaluation=dataclasses.replace(whole.evaluation, num_tasks=10),
@@ -158,7 +158,7 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
         iteration=dataclasses.replace(
             whole.iteration,
             experts=tuple(experts),
-            cold_start=ColdStartConfig(arithmetic=problems),
+            cold_start=dataclasses.replace(whole.iteration.cold_start, arithmetic=problems),
             cold_start_sft=sft,
             overall_sft=sft,
             num_tasks=6000,
@@ -169,7 +169,7 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
                 evaluation=RLEvaluationConfig(),
             ),
             trajectories=TrajectoryConfig(num_prompts=3000),
-            replay_count=5000,
+            replay=dict.fromkeys(whole.conversations, 5000),
             final_rl_steps=rl_steps // 2,
         ),
         evaluation=SuiteOptions(max_tokens=128, num_tasks=100, arithmetic=problems),
@@ -179,11 +179,12 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
 def whole_steps(whole: WholeRun) -> list[Step]:
     """Return a whole run as steps, each with everything that its output depends on."""
     iteration = dataclasses.replace(whole.iteration, seed=whole.seed)
-    sound = dataclasses.replace(iteration.cold_start.arithmetic, careful_share=1.0)
+    problems = dataclasses.replace(iteration.cold_start.arithmetic, careful_share=1.0)
+    sound = dataclasses.replace(iteration.cold_start, arithmetic=problems, sound_share=1.0)
     data = {
         "vocab_size": whole.vocab_size,
         "conversations": whole.conversations,
-        "cold_start": to_dict(ColdStartConfig(arithmetic=sound, sound_share=1.0)),
+        "cold_start": to_dict(sound),
         "seed": whole.seed,
     }
     training = dataclasses.replace(whole.training, seed=whole.seed)

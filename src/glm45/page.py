@@ -58,14 +58,22 @@ class Page:
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
+    def wide(self, drawing: str) -> None:
+        """Add a drawing as wide as the page."""
+        self._parts.append(f'<figure class="wide">{drawing}</figure>')
+
     def plots(self, *drawings: str) -> None:
         """Add drawings side by side, as many to a row as the window holds."""
         figures = "".join(f"<figure>{drawing}</figure>" for drawing in drawings if drawing)
         self._parts.append(f'<div class="plots">{figures}</div>')
 
-    def sample(self, title: str, body: str, *, folded: str = "", note: str = "") -> None:
-        """Add a piece of text to read; `folded` (reasoning) is hidden until opened."""
-        thinking = f"<details><summary>reasoning</summary><pre>{html.escape(folded)}</pre></details>" if folded else ""
+    def sample(self, title: str, body: str, *, folded: str = "", name: str = "reasoning", note: str = "") -> None:
+        """Add a piece of text to read; `folded` is hidden until its `name` is opened."""
+        thinking = (
+            f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(folded)}</pre></details>"
+            if folded
+            else ""
+        )
         small = f"<small>{html.escape(note)}</small>" if note else ""
         self._parts.append(
             f'<div class="sample"><b>{html.escape(title)}</b> {small}{thinking}<pre>{html.escape(body)}</pre></div>'
@@ -165,6 +173,35 @@ def heat_map(rows: Sequence[Sequence[float]], title: str, x: str, y: str, *, ext
     return _svg(figure)
 
 
+def graph(needs: Mapping[str, Sequence[str]], title: str) -> str:
+    """Draw a graph without circles from left to right; `needs` are the nodes that each node's arrows come from."""
+    depth: dict[str, int] = {}
+    for name in needs:  # what a node needs comes before it
+        depth[name] = 1 + max((depth[need] for need in needs[name]), default=-1)
+    columns: dict[int, list[str]] = {}
+    for name, column in depth.items():
+        columns.setdefault(column, []).append(name)
+    place = {
+        name: (column, (len(names) - 1) / 2 - row)
+        for column, names in columns.items()
+        for row, name in enumerate(names)
+    }
+    tallest = max(map(len, columns.values()))
+    figure, axes = _axes(title, "", "", height=0.6 + 0.5 * tallest, width=1.45 * len(columns))
+    axes.axis("off")
+    for name, sources in needs.items():
+        for source in sources:
+            arrow = {"arrowstyle": "->", "color": INK, "alpha": 0.3, "linewidth": 0.8, "shrinkA": 22, "shrinkB": 22}
+            axes.annotate("", place[name], place[source], arrowprops=arrow)
+    for name, (x, y) in place.items():
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": SERIES[0], "linewidth": 1}
+        label = name.replace("-", "-\n", 1) if len(name) > 12 else name
+        axes.text(x, y, label, ha="center", va="center", fontsize=7, color=INK, bbox=box)
+    axes.set_xlim(-0.6, len(columns) - 0.4)
+    axes.set_ylim(-tallest / 2, tallest / 2)
+    return _svg(figure)
+
+
 def histogram(values: Sequence[float], title: str, x: str, *, log_x: bool = False) -> str:
     """Draw a histogram, with logarithmic bins if asked for."""
     import numpy as np
@@ -181,10 +218,10 @@ def histogram(values: Sequence[float], title: str, x: str, *, log_x: bool = Fals
     return _svg(figure)
 
 
-def _axes(title: str, x: str, y: str, height: float = 2.7) -> tuple[Any, Any]:
+def _axes(title: str, x: str, y: str, height: float = 2.7, width: float = 5.2) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=9, color=INK, loc="left", fontweight="bold")
     axes.set_xlabel(x, fontsize=8, color=INK)
@@ -228,7 +265,7 @@ font-size:.88rem}
 a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
 h2{font-size:1.25rem;margin:2.4rem 0 .4rem;padding-top:.4rem}h3{font-size:1rem;margin:1.4rem 0 .3rem}
 p{max-width:78ch}.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px}
-figure{margin:0;background:var(--raised);border:1px solid var(--rule);border-radius:10px;padding:10px}
+figure{margin:0 0 12px;background:var(--raised);border:1px solid var(--rule);border-radius:10px;padding:10px}
 svg{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;margin:.5rem 0 1rem;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .7rem;border-bottom:1px solid var(--rule);white-space:nowrap}th{color:var(--soft);font-weight:600}

@@ -32,7 +32,7 @@ def test_chats_are_learnt_from_what_the_assistant_says_and_texts_whole():
     documents = MemoryDocuments(
         [*(each.ids for each in rendered), text], [*([True] * len(each.ids) for each in rendered), [True] * len(text)]
     )
-    loader = Loader({"sft.all": documents}, {"sft.all": 1.0}, 512, "best_fit")
+    loader = Loader({"sft.all": documents}, {"sft.all": 1.0}, 2048, "best_fit")
     batch = AnswersOnly(tokenizer)(loader.rows(0, 1))
     roles = {tokenizer.special_id(role) for role in ("<|system|>", "<|user|>", "<|observation|>", "<|assistant|>")}
     found = {}

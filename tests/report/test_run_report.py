@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from glm45.report.reinforcement import _interval
 from glm45.report.run import LIMITS, write_report
 from glm45.report.training import thin
 
@@ -42,6 +43,13 @@ def run(tmp_path):
     ]
     (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + events))
     (rl / "policy").mkdir()
+    (rl / "config.json").write_text('{"evaluation": {"num_tasks": 64}}')
+    (rl / "held_out.jsonl").write_text("{}\n" * 50)
+    mixture = {"weights": {"docs.*": 3, "code.*": 1}}
+    stage = {"name": "general", "tokens": 200, "sequence_length": 8, "batch_tokens": 16, "rope_theta": 1e4}
+    stages = [{**stage, "mtp_weight": 0.3, "packing": "concatenate", "mixture": mixture}]
+    (base / "config.json").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "run.json").write_text('{"seed": 7}')
     rewards = [{"step": n, "reward": 0.1 * n, "response_length": 20.0, "held_out_greedy": 0.2} for n in (1, 2)]
     (rl / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rewards))
     evaluation = step("evaluation", ["base", "tool-rl"], 3)
@@ -61,6 +69,7 @@ def test_the_page_holds_what_the_run_holds(run):
     for text in (
         *("Training: base", "Reinforcement learning: tool-rl", "25.0% [15.0%, 35.0%]", "75.0% [65.0%, 85.0%]"),
         *("answer of base", "answer of tool-rl", "a question?", "because", "3 experts got no token", "token-base"),
+        *("docs.* 75%, code.* 25%", "&quot;seed&quot;: 7", "What was made from what"),
         *("Loss by stage", "Held-out accuracy", "Expert balance by layer over time", "12.5", "500"),
     ):
         assert text in page, text
@@ -79,3 +88,10 @@ def test_thinning_keeps_the_mean():
     assert sum(y * n for y, n in zip(ys, [3] * 333 + [1], strict=True)) == pytest.approx(
         sum(i % 7 for i in range(1000))
     )
+
+
+def test_held_out_intervals_are_wilsons():
+    """6 of 10: 0.3127 to 0.8318, as in the literature's tables; none of 10: 0 to 0.2775."""
+    low, high = _interval([1, 2], [0.6, 0.0], 10)
+    assert low == pytest.approx([0.3127, 0.0], abs=1e-4)
+    assert high == pytest.approx([0.8318, 0.2775], abs=1e-4)

@@ -135,13 +135,14 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
         "replay": replay,
         **shared,
     }
-    steps.append(_step("overall-sft", overall, ("base", *trajectories), seconds=300))
+    # What has the machine to itself takes two cores.
+    steps.append(_step("overall-sft", overall, ("base", *trajectories), seconds=120, cores=2))
     last = "overall-sft"
     if config.final_rl_steps:
         rl = {**to_dict(config.rl), "steps": config.final_rl_steps, "name": "final"}
         rl["rollout"] = {**rl["rollout"], "penalties": to_dict(config.penalties)}
         steps.append(
-            _step("final-rl", {"rl": rl, "domains": domains, **shared}, ("overall-sft", "tasks"), "expert_rl", 300)
+            _step("final-rl", {"rl": rl, "domains": domains, **shared}, ("overall-sft", "tasks"), "expert_rl", 20, 2)
         )
         last = "final-rl"
     experts = {expert.name: list(expert.domains) for expert in config.experts}
@@ -182,14 +183,19 @@ def _expert_steps(config: ExpertIteration, expert: Expert) -> list[Step]:
     rl = {"rl": {**to_dict(config.rl), "steps": expert.rl_steps, "name": name}, **shared}
     collected = {"trajectories": to_dict(config.trajectories), "rl": to_dict(config.rl), **shared}
     return [
-        _step(f"{name}-cold-start", cold, ("base",), "expert_cold_start", 120),
-        _step(f"{name}-rl", rl, (f"{name}-cold-start", "tasks"), "expert_rl", 300),
-        _step(f"{name}-trajectories", collected, (f"{name}-rl", "tasks"), "expert_trajectories", 60),
+        _step(f"{name}-cold-start", cold, ("base",), "expert_cold_start", 20),
+        _step(f"{name}-rl", rl, (f"{name}-cold-start", "tasks"), "expert_rl", 45),
+        _step(f"{name}-trajectories", collected, (f"{name}-rl", "tasks"), "expert_trajectories", 15),
     ]
 
 
 def _step(
-    name: str, config: dict, needs: tuple[str, ...] = (), function: str | None = None, seconds: float = 60.0
+    name: str,
+    config: dict,
+    needs: tuple[str, ...] = (),
+    function: str | None = None,
+    seconds: float = 60.0,
+    cores: int = 1,
 ) -> Step:
     function = function or name.replace("-", "_")
-    return Step(name, f"{STEPS}:{function}", config=config, needs=needs, cores=1, seconds=seconds)
+    return Step(name, f"{STEPS}:{function}", config=config, needs=needs, cores=cores, seconds=seconds)

@@ -1,6 +1,7 @@
 """Whole runs: the graph of steps from raw text to an evaluated model, by recipe."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from glm45.recipes import nano_cpu as nano_cpu_training
 from glm45.recipes import one_gpu as one_gpu_training
 from glm45.recipes.display import RunDisplay
 from glm45.recipes.posttraining import FROM_NOTHING
-from glm45.report.run import write_report
+from glm45.report.run import CONFIGURATION, write_report
 from glm45.rl.config import RLConfig, RLEvaluationConfig
 from glm45.rl.curriculum import CurriculumStage, LengthSchedule
 from glm45.training.run import TrainConfig
@@ -97,11 +98,11 @@ def demo() -> WholeRun:
             cold_start=ColdStartConfig(arithmetic=PROBLEMS, requests_per_conversation=3),
             cold_start_sft=gentle,
             overall_sft=dataclasses.replace(gentle, learning_rate=LearningRate(peak=4e-3, final=2e-4)),
-            balance=ModeBalance(thinking_share=0.2),  # sums by heart take more examples than written-out ones
+            balance=ModeBalance(thinking_share=0.25),  # sums by heart take more examples than written-out ones
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay={"arithmetic": 3000, "arithmetic-direct": 10_000, "tools": 700, "instructions": 4000},
+            replay={"arithmetic": 3000, "arithmetic-direct": 6000, "tools": 1000, "instructions": 3500},
             final_rl_steps=10,
         ),
         evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),
@@ -241,13 +242,16 @@ def run_whole(
     ValueError for unknown names, StepError if a step fails.
     """
     folder = folder or Path("runs") / name
-    pipeline = Pipeline(folder, whole_steps(override(whole_run(name), overrides)))
+    whole = override(whole_run(name), overrides)
+    pipeline = Pipeline(folder, whole_steps(whole))
     if list_only:
         for step in pipeline.steps:
             print(f"{step:<24} {'up to date' if pipeline.is_current(step) else 'to do'}")
         return 0
     for step in again:
         pipeline.invalidate(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIGURATION).write_text(json.dumps(to_dict(whole), indent=1) + "\n")
     command = " ".join(["glm45 run", name, *overrides, "--run", str(folder)])
     choice: dict[str, Any] = {"only": only, "skip": skip}
     try:

@@ -1,6 +1,8 @@
 """The report of a whole run: one HTML file from the folder of its steps."""
 
+import contextlib
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -8,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from glm45.evaluation.runner import RESULT, TRANSCRIPTS
-from glm45.page import Page, bars
+from glm45.page import Page, bars, graph
 from glm45.pipeline import RECORD
 from glm45.report.reinforcement import add_reinforcement
 from glm45.report.training import add_training
 
 ACCEPTANCE = "acceptance.json"
 """File of an evaluation with every model's share of accepted drafts."""
+
+CONFIGURATION = "run.json"
+"""File of a whole run with its resolved configuration."""
 
 LIMITS = (
     "At this size much of what reinforcement learning gains is choice of strategy: the model learns to prefer the "
@@ -36,6 +41,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         raise FileNotFoundError(f"{run} holds no finished step: run `glm45 run` first")
     page = Page(f"glm45: {run.name}", f"{len(records)} steps, {_hours(records)}")
     _add_costs(page, records)
+    if (run / CONFIGURATION).exists():
+        page.sample("configuration", "", folded=(run / CONFIGURATION).read_text(), name="resolved, as JSON")
     for name in records:
         folder = run / "steps" / name
         if (folder / "manifest.json").exists():
@@ -96,7 +103,19 @@ def _machine() -> str:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} not installed")
-    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {', '.join(versions)}."
+    system = f"{platform.system()} {platform.machine()}, {_processor()}, Python {platform.python_version()}"
+    return f"{system}, {', '.join(versions)}."
+
+
+def _processor() -> str:
+    """The processor's name, cores and memory, as far as the system tells."""
+    name, memory = platform.processor() or "unknown processor", ""
+    with contextlib.suppress(OSError, IndexError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = f", {total / 2**30:.0f} GiB of memory"
+    return f"{name}, {os.cpu_count()} cores{memory}"
 
 
 def _add_corpus(page: Page, name: str, manifest: Mapping[str, Any]) -> None:
@@ -178,6 +197,8 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _add_lineage(page: Page, records: Mapping[str, Mapping[str, Any]]) -> None:
     page.section("Lineage", "Every dataset and checkpoint, by the identity of the step that made it and of its inputs.")
+    known = {name: [need for need in record["tokens"] if need in records] for name, record in records.items()}
+    page.wide(graph(known, "What was made from what"))
     page.table(
         ["step", "made as", "by", "from"],
         [

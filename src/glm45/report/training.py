@@ -19,6 +19,8 @@ def add_training(page: Page, folder: Path) -> None:
     if not steps:
         page.text("No step was taken.")
         return
+    if (folder / "config.json").exists():
+        _stages(page, json.loads((folder / "config.json").read_text())["stages"])
     marks = _stage_starts(steps)
     loss = {
         "loss": thin([line["tokens"] for line in steps], [line["loss"] for line in steps]),
@@ -35,6 +37,19 @@ def add_training(page: Page, folder: Path) -> None:
     )
     _alarms(page, record, steps)
     _samples(page, folder)
+
+
+def _stages(page: Page, stages: Sequence[dict[str, Any]]) -> None:
+    """Add the stages with what each reads."""
+    header = ["stage", "tokens", "length", "batch", "RoPE base", "MTP weight", "packing", "mixture"]
+    rows = []
+    for stage in stages:
+        total = sum(stage["mixture"]["weights"].values())
+        parts = [f"{name} {weight / total:.0%}" for name, weight in stage["mixture"]["weights"].items() if weight]
+        figures = (f"{stage[key]:,}" for key in ("tokens", "sequence_length", "batch_tokens"))
+        more = [f"{stage['rope_theta']:,.0f}", stage["mtp_weight"], stage["packing"], ", ".join(parts)]
+        rows.append([stage["name"], *figures, *more])
+    page.table(header, rows, numbers_to=6)
 
 
 def thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -93,6 +93,7 @@ def demo() -> CorpusRecipe:
             Source(name="arithmetic", reader="generated", limit=20_000, license="generated"),
         ),
         repositories=Repositories(context_characters=30_000, max_contexts=8),
+        vocab_size=2048,  # the `demo` model's
     )
 
 

@@ -269,7 +269,8 @@ figure{margin:0 0 12px;background:var(--raised);border:1px solid var(--rule);bor
 svg{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;margin:.5rem 0 1rem;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .7rem;border-bottom:1px solid var(--rule);white-space:nowrap}th{color:var(--soft);font-weight:600}
-.n{text-align:right}.t{text-align:left}td.t:first-child{white-space:normal}
+.n{text-align:right}.t{text-align:left}td.t{white-space:normal}
+td.t:first-child{min-width:14ch}td.t:last-child:not(:first-child){min-width:30ch}
 .sample{background:var(--raised);border:1px solid var(--rule);border-radius:10px;padding:10px 14px;margin:.6rem 0;
 min-width:0}.sample small{color:var(--soft)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;margin:.4rem 0 0;

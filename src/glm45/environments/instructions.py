@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from glm45.environments.protocol import Message, Reward, Task, assistant, user
+from glm45.environments.tools import CITIES
 from glm45.seeds import derive_seed
 
 WORDS = (
     *("river", "stone", "apple", "cloud", "tiger", "paper", "green", "music", "bread", "light", "horse", "ocean"),
-    *("chair", "lemon", "table", "water", "grass", "house", "mouse", "plant", "train", "glass", "sugar", "night"),
+    *CITIES,
 )
 
 
@@ -62,12 +63,13 @@ def instruction_tasks(seed: int, count: int) -> Iterator[Task]:
     for index in range(count):
         source = random.Random(derive_seed(seed, "instructions", index))
         word, other, third = source.sample(WORDS, 3)
-        times = source.randint(2, 4)
+        times, number = source.randint(2, 4), source.randint(10, 99)
         text, constraints = source.choice(
             (
                 (f"Say {word} {times} times.", {"equals": " ".join([word] * times)}),
                 (f"Say {word} in capitals.", {"equals": word.upper()}),
                 (f"Say {word}, then {other}.", {"equals": f"{word} {other}"}),
+                (f"Say {word} and {number}.", {"equals": f"{word} {number}"}),
                 (f"Say {word}, {other} and {third}.", {"equals": f"{word} {other} {third}"}),
                 (f"Spell {word}.", {"equals": " ".join(word)}),
                 (f"Say {times} words. Begin with {word}.", {"num_words": times, "starts_with": word}),

@@ -56,7 +56,7 @@ def tool_tasks(seed: int, count: int) -> Iterator[Task]:
 def _draw_request(source: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     city, other = source.sample(CITIES, 2)
     day, hour, chore = source.choice(DAYS), source.randint(1, 12), source.choice(CHORES)
-    a, b = source.randint(10, 99), source.randint(10, 99)
+    a, b = source.randint(10, 99), source.randint(1, 9)
     return source.choice(
         (
             (f"How is the weather in {city} on {day}?", [("weather", {"city": city, "day": day})]),

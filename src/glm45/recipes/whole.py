@@ -98,11 +98,11 @@ def demo() -> WholeRun:
             cold_start=ColdStartConfig(arithmetic=PROBLEMS, requests_per_conversation=3),
             cold_start_sft=gentle,
             overall_sft=dataclasses.replace(gentle, learning_rate=LearningRate(peak=4e-3, final=2e-4)),
-            balance=ModeBalance(thinking_share=0.25),  # sums by heart take more examples than written-out ones
+            balance=ModeBalance(thinking_share=0.24),  # sums by heart take more examples than written-out ones
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay={"arithmetic": 3000, "arithmetic-direct": 6000, "tools": 1000, "instructions": 3500},
+            replay={"arithmetic": 3000, "arithmetic-direct": 6000, "tools": 1300, "instructions": 4000},
             final_rl_steps=10,
         ),
         evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),

@@ -46,7 +46,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     for name in records:
         folder = run / "steps" / name
         if (folder / "manifest.json").exists():
-            _add_corpus(page, name, json.loads((folder / "manifest.json").read_text()))
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["datasets"]:  # a corpus that a later step tokenizes is told there
+                _add_corpus(page, name, manifest)
         if (folder / "metrics.jsonl").exists() and (folder / "policy").exists():
             page.section(f"Reinforcement learning: {name}")
             add_reinforcement(page, folder)

@@ -276,7 +276,7 @@ min-width:0}.sample small{color:var(--soft)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;margin:.4rem 0 0;
 max-height:24rem;overflow:auto}
 summary{cursor:pointer;color:var(--soft);font-size:.85rem}.columns{display:grid;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr));gap:12px}
+grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr));gap:12px}
 #theme{position:absolute;right:20px;top:24px;border:1px solid var(--rule);background:var(--raised);color:var(--ink);
 border-radius:8px;width:34px;height:34px;cursor:pointer;font-size:1rem}
 @media print{nav,#theme{display:none}}

@@ -102,7 +102,7 @@ def demo() -> WholeRun:
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay={"arithmetic": 3000, "arithmetic-direct": 6000, "tools": 1300, "instructions": 4000},
+            replay={"arithmetic": 3000, "arithmetic-direct": 6000, "tools": 1100, "instructions": 4000},
             final_rl_steps=10,
         ),
         evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),

@@ -75,5 +75,6 @@ def test_retention_and_its_error_are_of_paired_prompts():
     assert "| tool   | 75.0      | 62.5            | 83.3 ±" in retention_table({"tool": found})
     same = answers((1, 2), (2, 2))
     assert retention(same, same).kept_error == 0.0
-    with pytest.raises(ValueError, match="never right"):
-        retention(answers((0, 2)), same[:1])
+    nothing = retention(answers((0, 2)), same[:1])
+    assert nothing.kept is None
+    assert "nothing to keep" in retention_table({"tool": nothing})

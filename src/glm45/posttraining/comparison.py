@@ -77,9 +77,9 @@ class Retention:
 
     expert: float
     unified: float
-    kept: float
-    """The share that is kept; above 1 where the unified model is better."""
-    kept_error: float
+    kept: float | None
+    """The share that is kept, above 1 where the unified model is better; None where the expert was never right."""
+    kept_error: float | None
     """Its standard error over prompts, each compared with itself."""
     num_prompts: int
     num_samples: int
@@ -87,11 +87,11 @@ class Retention:
 
 
 def retention(expert: Sequence[Group], unified: Sequence[Group]) -> Retention:
-    """Compare two models' groups of the same prompts. Raises ValueError if the expert was never right."""
+    """Compare two models' groups of the same prompts."""
     pairs = [(accuracy([one]), accuracy([other])) for one, other in zip(expert, unified, strict=True)]
     before, after = accuracy(expert), accuracy(unified)
     if not before:
-        raise ValueError(f"the expert was never right on its {len(pairs)} held-out prompts: there is nothing to keep")
+        return Retention(before, after, None, None, len(pairs), len(expert[0]))
     kept = after / before
     spread = sum((other - kept * one) ** 2 for one, other in pairs) / max(len(pairs) - 1, 1)
     error = math.sqrt(spread / len(pairs)) / before
@@ -103,7 +103,9 @@ def retention_table(rows: Mapping[str, Retention]) -> str:
     cells = [["expert", "its score", "unified model's", "kept", "held-out prompts", "samples of each"]]
     for name, row in rows.items():
         scores = [f"{100 * score:.1f}" for score in (row.expert, row.unified)]
-        kept = f"{100 * row.kept:.1f} ± {100 * row.kept_error:.1f}"
+        kept = "nothing to keep"
+        if row.kept is not None and row.kept_error is not None:
+            kept = f"{100 * row.kept:.1f} ± {100 * row.kept_error:.1f}"
         cells.append([name, *scores, kept, str(row.num_prompts), str(row.num_samples)])
     note = "Held-out accuracy in percent at temperature 1, ± one standard error over prompts; one seed."
     return f"{note}\n\n{_aligned(cells)}\n"

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_parallel.py: every layout of as many processes as there are against one process.
+"""Run under torchrun by test_parallel.py: layouts of as many processes as there are against one process.
 
 Prints one JSON line a layout: the largest differences, each over the largest magnitude of its tensor. On two processes
 it also saves a checkpoint with divided experts into FOLDER, on four it loads that at every layout.
@@ -180,12 +180,14 @@ def compare(name, layout, expected, folder):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("layouts", nargs="+")
     options = parser.parse_args()
     torch.set_num_threads(1)
     alone = World(Layout(replicate=1), torch.device("cpu"))
     expected = trajectory(alone)
     dist.init_process_group("gloo")
-    for name, layout in LAYOUTS[dist.get_world_size()].items():
+    for name in options.layouts:
+        layout = LAYOUTS[dist.get_world_size()][name]
         result = {"layout": name, **compare(name, layout, expected, options.folder)}
         if dist.get_rank() == 0:
             print(json.dumps(result), flush=True)

@@ -122,7 +122,7 @@ def _summary(manifest: dict[str, Any]) -> str:
         ("documents kept", _count(sum(entry["documents"] for entry in trained.values()))),
         ("tokens to train on", _count(sum(entry["tokens"] for entry in trained.values()))),
         ("tokens held out", _count(sum(e["tokens"] for n, e in datasets.items() if n.endswith(".heldout")))),
-        ("vocabulary", _count(manifest["tokenizer"]["vocab_size"])),
+        *([("vocabulary", _count(manifest["tokenizer"]["vocab_size"]))] if "tokenizer" in manifest else []),
         ("seconds", f"{manifest['seconds']:.0f}"),
     ]
     return "<div class=figures>" + "".join(f"<div><b>{value}</b>{name}</div>" for name, value in figures) + "</div>"

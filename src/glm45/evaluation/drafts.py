@@ -7,8 +7,8 @@ from pathlib import Path
 from glm45.engine.engine import Engine, EngineConfig
 from glm45.engine.request import SamplingParams
 from glm45.environments.protocol import Task
+from glm45.environments.tokens import prompt_ids
 from glm45.model import hub
-from glm45.text.chat import render_tokens
 from glm45.text.tokenizer import Tokenizer
 
 
@@ -21,16 +21,7 @@ def draft_acceptance(path: Path, tasks: Sequence[Task], max_tokens: int = 64) ->
     if not model.config.num_nextn_predict_layers:
         return None
     tokenizer = Tokenizer.load(path)
-    prompts = [
-        render_tokens(
-            task.messages,
-            tokenizer,
-            tools=task.tools or None,
-            enable_thinking=None if task.thinking else False,
-            add_generation_prompt=True,
-        ).ids
-        for task in tasks
-    ]
+    prompts = [prompt_ids(task, tokenizer) for task in tasks]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
     async def answer_all(engine: Engine) -> None:

@@ -20,6 +20,7 @@ from glm45.rl.curriculum import pass_at_k
 from glm45.seeds import derive_seed
 
 TRANSCRIPTS = "transcripts.jsonl"
+ACCEPTANCE = "acceptance.json"  # of several models: the share of drafts that each accepts
 RESULT = "result.json"
 
 Answers = dict[str, list[dict[str, Any]]]

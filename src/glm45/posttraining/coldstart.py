@@ -33,6 +33,11 @@ class ColdStartConfig:
     """Requests that a conversation with tools holds, with their results and a reply after each: more than one shares
     the tools' schemas, which are most of a short conversation's tokens. Not in the report."""
 
+    @property
+    def sound(self) -> "ColdStartConfig":
+        """The same without faults: careful traces and right calls and replies only."""
+        return replace(self, arithmetic=replace(self.arithmetic, careful_share=1.0), sound_share=1.0)
+
 
 def cold_start(domain: str, seed: int, count: int, config: ColdStartConfig) -> Iterator[Conversation]:
     """Yield `count` worked conversations of a domain (a name of MAKERS); prompts may repeat.

@@ -5,7 +5,6 @@ sampling, becomes part of the overall SFT set of the unified hybrid model, which
 directly with `/nothink`; a last RL pass runs on the mix, with penalties for faults of form.
 """
 
-import dataclasses
 from dataclasses import field
 from pathlib import Path
 
@@ -126,9 +125,7 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
     for expert in config.experts:
         steps += _expert_steps(config, expert)
         trajectories.append(f"{expert.name}-trajectories")
-    sound = dataclasses.replace(config.cold_start.arithmetic, careful_share=1.0)
-    replayed = dataclasses.replace(config.cold_start, arithmetic=sound, sound_share=1.0)
-    replay = {"counts": config.replay, "cold_start": to_dict(replayed)}
+    replay = {"counts": config.replay, "cold_start": to_dict(config.cold_start.sound)}
     overall = {
         "sft": to_dict(config.overall_sft),
         "balance": to_dict(config.balance),

@@ -66,9 +66,7 @@ def train_base(context: Context) -> None:
     """Train a small base and its tokenizer on sound answers of every domain."""
     config = context.config
     cold = from_dict(ColdStartConfig, config["cold_start"])
-    careful = dataclasses.replace(cold.arithmetic, careful_share=1.0)
-    sound = ColdStartConfig(arithmetic=careful, sound_share=1.0)
-    conversations = _mixed(config["counts"], derive_seed(config["seed"], "base"), sound)
+    conversations = _mixed(config["counts"], derive_seed(config["seed"], "base"), cold.sound)
     tokenizer = Tokenizer.train(_plain_texts(conversations[:4000]), config["vocab_size"])
     _train_from_nothing(context.folder, conversations, tokenizer, config)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from glm45.config import from_dict, override, to_dict
 from glm45.data.folder import update_manifest
 from glm45.pipeline import Context
-from glm45.report.run import ACCEPTANCE
 
 CHECKPOINT = "model"
 """Folder of the hub checkpoint inside the folder of every step that makes one."""
@@ -83,7 +82,7 @@ def pretrain(context: Context) -> None:
 def evaluate(context: Context) -> None:
     """Evaluate every input on `config["suites"]`; results go to `MODEL/SUITE/` and `acceptance.json`."""
     from glm45.evaluation.drafts import draft_acceptance
-    from glm45.evaluation.runner import run_suite
+    from glm45.evaluation.runner import ACCEPTANCE, run_suite
     from glm45.evaluation.suites import SuiteOptions, build_suite
     from glm45.evaluation.targets import LocalTarget
 

@@ -180,12 +180,10 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
 def whole_steps(whole: WholeRun) -> list[Step]:
     """Return a whole run as steps, each with everything that its output depends on."""
     iteration = dataclasses.replace(whole.iteration, seed=whole.seed)
-    problems = dataclasses.replace(iteration.cold_start.arithmetic, careful_share=1.0)
-    sound = dataclasses.replace(iteration.cold_start, arithmetic=problems, sound_share=1.0)
     data = {
         "vocab_size": whole.vocab_size,
         "conversations": whole.conversations,
-        "cold_start": to_dict(sound),
+        "cold_start": to_dict(iteration.cold_start.sound),
         "seed": whole.seed,
     }
     training = dataclasses.replace(whole.training, seed=whole.seed)

@@ -26,7 +26,8 @@ def add_reinforcement(page: Page, folder: Path) -> None:
         page.text("No update was made.")
         return
     held_out = {name: _series(record, key) for key, name in HELD_OUT.items()}
-    bands = {name: _interval(*line, _num_held_out(folder)) for name, line in held_out.items()}
+    count = _num_held_out(folder)
+    bands = {name: _interval(shares, count) for name, (_, shares) in held_out.items()}
     shares = {name: _series(steps, key) for key, name in SHARES.items() if any(key in row for row in steps)}
     page.plots(
         lines({"reward": _series(steps, "reward")}, "Reward of rollouts", "update", "mean reward"),
@@ -54,7 +55,7 @@ def _num_held_out(folder: Path) -> int:
     return min(there, json.loads((folder / "config.json").read_text())["evaluation"]["num_tasks"])
 
 
-def _interval(steps: Sequence[float], shares: Sequence[float], count: int) -> tuple[list[float], list[float]]:
+def _interval(shares: Sequence[float], count: int) -> tuple[list[float], list[float]]:
     """Return Wilson's 95 % interval of each share of `count` prompts; samples of one prompt count as one."""
     z = 1.96
     middles = [(share + z * z / (2 * count)) / (1 + z * z / count) for share in shares]

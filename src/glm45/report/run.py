@@ -9,14 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from glm45.evaluation.runner import RESULT, TRANSCRIPTS
+from glm45.evaluation.runner import ACCEPTANCE, RESULT, TRANSCRIPTS
 from glm45.page import Page, bars, graph
 from glm45.pipeline import RECORD
 from glm45.report.reinforcement import add_reinforcement
 from glm45.report.training import add_training
-
-ACCEPTANCE = "acceptance.json"
-"""File of an evaluation with every model's share of accepted drafts."""
 
 CONFIGURATION = "run.json"
 """File of a whole run with its resolved configuration."""

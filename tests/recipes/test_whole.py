@@ -1,8 +1,13 @@
 """The whole recipe, from raw text to a report, as a newcomer runs it."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +38,7 @@ def test_the_fast_demo_goes_from_raw_text_to_a_report(tmp_path):
     page = (tmp_path / "run/report.html").read_text()
     for section in (
         "What was run",
-        "Data: corpus",
+        ">Data<",
         "Training: base",
         "Reinforcement learning",
         "Evaluation",
@@ -54,3 +59,50 @@ def test_a_seed_changes_every_step_but_the_corpus():
     )
     changed = {name for name in first if first[name] != second[name]}
     assert changed == set(first) - {"corpus", "evaluation", "publish"}
+
+
+def start(folder, name):
+    return subprocess.Popen(
+        [sys.executable, "-m", "glm45", "run", name, "--run", str(folder)], stderr=subprocess.DEVNULL
+    )
+
+
+def steps_at_work(folder):
+    """Process ids of the steps that run in this folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"glm45.pipeline" in words and any(word.startswith(os.fsencode(folder)) for word in words):
+            found.append(int(entry.name))
+    return found
+
+
+def final_table(folder):
+    """What every model scored on every suite, and the unified model's weights."""
+    results = sorted(folder.glob("steps/evaluation/*/*/result.json"))
+    scores = {str(file.relative_to(folder)): json.loads(file.read_text())["metrics"] for file in results}
+    assert scores
+    return scores, (folder / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3 * 3600)
+@pytest.mark.parametrize("name", ["demo_fast", "demo"])
+def test_a_run_killed_ten_times_ends_with_the_table_of_an_uninterrupted_one(name, tmp_path):
+    """SIGKILL hits the command, or a step at work, at moments spread over the run."""
+    began = time.monotonic()
+    assert start(tmp_path / "whole", name).wait() == 0
+    whole_seconds = time.monotonic() - began
+    draw, folder = random.Random(0), tmp_path / "killed"
+    for number in range(10):
+        command = start(folder, name)
+        time.sleep(draw.uniform(0.03, 0.15) * whole_seconds)
+        assert command.poll() is None, f"the run ended before kill {number}: make the moments denser"
+        steps = steps_at_work(folder)
+        os.kill(draw.choice([command.pid, *steps]), signal.SIGKILL)
+        assert command.wait() != 0
+    assert start(folder, name).wait() == 0
+    assert final_table(folder) == final_table(tmp_path / "whole")

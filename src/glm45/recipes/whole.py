@@ -98,11 +98,11 @@ def demo() -> WholeRun:
             cold_start=ColdStartConfig(arithmetic=PROBLEMS, requests_per_conversation=3),
             cold_start_sft=gentle,
             overall_sft=dataclasses.replace(gentle, learning_rate=LearningRate(peak=4e-3, final=2e-4)),
-            balance=ModeBalance(thinking_share=0.24),  # sums by heart take more examples than written-out ones
+            balance=ModeBalance(thinking_share=0.15),  # sums by heart take more examples than written-out ones
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay={"arithmetic": 3000, "arithmetic-direct": 6000, "tools": 1100, "instructions": 4000},
+            replay={"arithmetic": 2500, "arithmetic-direct": 12_000, "tools": 1000, "instructions": 3000},
             final_rl_steps=10,
         ),
         evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),
@@ -126,11 +126,18 @@ def demo_fast() -> WholeRun:
             experts=tuple(experts),
             cold_start_sft=sft,
             overall_sft=sft,
-            trajectories=TrajectoryConfig(num_prompts=40),
+            num_tasks=200,
+            rl=dataclasses.replace(
+                iteration.rl,
+                lengths=LengthSchedule(caps=((0, 32),)),
+                evaluation=RLEvaluationConfig(every=10, num_tasks=4, num_samples=1),
+            ),
+            trajectories=TrajectoryConfig(num_prompts=20),
             replay=dict.fromkeys(whole.conversations, 50),
             final_rl_steps=1,
+            comparison_samples=1,
         ),
-        evaluation=dataclasses.replace(whole.evaluation, num_tasks=10),
+        evaluation=dataclasses.replace(whole.evaluation, num_tasks=10, max_tokens=32),
     )
 
 

@@ -45,7 +45,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         if (folder / "manifest.json").exists():
             manifest = json.loads((folder / "manifest.json").read_text())
             if manifest["datasets"]:  # a corpus that a later step tokenizes is told there
-                _add_corpus(page, name, manifest)
+                _add_corpus(page, manifest)
         if (folder / "metrics.jsonl").exists() and (folder / "policy").exists():
             page.section(f"Reinforcement learning: {name}")
             add_reinforcement(page, folder)
@@ -117,8 +117,8 @@ def _processor() -> str:
     return f"{name}, {os.cpu_count()} cores{memory}"
 
 
-def _add_corpus(page: Page, name: str, manifest: Mapping[str, Any]) -> None:
-    page.section(f"Data: {name}")
+def _add_corpus(page: Page, manifest: Mapping[str, Any]) -> None:
+    page.section("Data")
     tokens = {key: entry["tokens"] for key, entry in manifest["datasets"].items()}
     if tokens:
         page.plots(bars({key: value / 1e6 for key, value in tokens.items()}, "Tokens by dataset", "million tokens"))

@@ -150,3 +150,12 @@ def test_graphs_that_make_no_sense_are_refused(tmp_path):
         Pipeline(tmp_path, [Step("a", "x:y"), Step("a", "x:y")])
     with pytest.raises(ValueError, match="needs 'b'"):
         Pipeline(tmp_path, [Step("a", "x:y", needs=("b",)), Step("b", "x:y")])
+
+
+def test_a_watched_body_tells_how_far_it_is(tmp_path):
+    context = Context(folder=tmp_path, config={}, inputs={}, run=tmp_path)
+    told, deadline = tmp_path / "progress.json", time.monotonic() + 60
+    with context.watching(lambda: 0.25):
+        while not told.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert json.loads(told.read_text()) == {"fraction": 0.25, "message": ""}

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,23 @@ class Context:
     def progress(self, fraction: float, message: str = "") -> None:
         """Tell the display how far the step is (0 to 1) and what it is doing."""
         _write_json(self.folder / PROGRESS, {"fraction": fraction, "message": message})
+
+    @contextlib.contextmanager
+    def watching(self, fraction: Callable[[], float]) -> Iterator[None]:
+        """Tell the display every second how far the body is, by what `fraction` finds."""
+        stop = threading.Event()
+
+        def look() -> None:
+            while not stop.wait(1.0):
+                self.progress(fraction())
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 class StepError(RuntimeError):

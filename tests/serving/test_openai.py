@@ -149,6 +149,23 @@ def test_tool_choice(oai, engine, tokenizer):
         ask(oai, tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "no"}})
 
 
+def test_allowed_tools(oai, engine, tokenizer):
+    """The model sees the allowed ones alone; with mode required it must call one of them."""
+    other = {"type": "function", "function": {"name": "other"}}
+
+    def choose(mode, name):
+        allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": name}}]}
+        ask(oai, tools=[WEATHER, other], tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+        return engine.asked[-1]
+
+    asked = choose("auto", "other")
+    assert asked.params.constraint is None
+    assert "get_weather" not in tokenizer.decode(asked.prompt)
+    assert choose("required", "other").params.constraint.tools == (other,)
+    with pytest.raises(openai.BadRequestError, match="names 'no', which is not among the tools"):
+        choose("auto", "no")
+
+
 def test_response_format(oai, engine):
     """json_object and json_schema become grammars."""
     ask(oai, response_format={"type": "json_object"})

@@ -184,7 +184,10 @@ def test_a_changed_recipe_is_refused_with_the_difference(toy_recipe, tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_lines_before(toy_recipe, tmp_path):
     """The log of record is cut at the checkpoint and no further."""
-    train(Run.open(tmp_path, toy_recipe()))
+    run = Run.open(tmp_path, toy_recipe())
+    assert run.fraction() == 0
+    train(run)
+    assert run.fraction() == 1
     whole = read_record(tmp_path)
     train(Run.open(tmp_path, toy_recipe()))
     assert read_record(tmp_path) == whole

@@ -42,6 +42,8 @@ from glm45.rl.rollout import Sampling, open_rollout
 from glm45.seeds import derive_seed
 from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
+from glm45.training.metrics import last_step
+from glm45.training.run import Run
 
 FAMILIES: dict[str, Callable[[int, int], Iterator[Task]]] = {
     "arithmetic": arithmetic_tasks,
@@ -68,7 +70,7 @@ def train_base(context: Context) -> None:
     cold = from_dict(ColdStartConfig, config["cold_start"])
     conversations = _mixed(config["counts"], derive_seed(config["seed"], "base"), cold.sound)
     tokenizer = Tokenizer.train(_plain_texts(conversations[:4000]), config["vocab_size"])
-    _train_from_nothing(context.folder, conversations, tokenizer, config)
+    _train_from_nothing(context, conversations, tokenizer)
 
 
 def train_policy(context: Context) -> None:
@@ -77,7 +79,7 @@ def train_policy(context: Context) -> None:
     cold = from_dict(ColdStartConfig, config["cold_start"])
     conversations = list(cold_start(config["domain"], config["seed"], config["count"], cold))
     tokenizer = Tokenizer.train(_plain_texts(conversations[:4000]), config["vocab_size"])
-    _train_from_nothing(context.folder, conversations, tokenizer, config)
+    _train_from_nothing(context, conversations, tokenizer)
 
 
 def tasks(context: Context) -> None:
@@ -119,7 +121,7 @@ def expert_cold_start(context: Context) -> None:
     conversations = _mixed(dict.fromkeys(config["domains"], config["count"]), config["seed"], cold)
     write_conversations(context.folder / "conversations.jsonl", conversations)
     base = context.inputs["base"] / "model"
-    fine_tune(context.folder, conversations, Tokenizer.load(base), base, from_dict(SFTConfig, config["sft"]))
+    _fine_tune(context, conversations, Tokenizer.load(base), base)
 
 
 def expert_rl(context: Context) -> None:
@@ -135,7 +137,8 @@ def expert_rl(context: Context) -> None:
         held_out=str(context.folder / "held_out.jsonl"),
         seed=context.config["seed"],
     )
-    policy = run_rl(config, context.folder)
+    with context.watching(lambda: last_step(context.folder) / max(1, config.steps)):
+        policy = run_rl(config, context.folder)
     shutil.copytree(policy, context.folder / "model", dirs_exist_ok=True)
 
 
@@ -193,7 +196,7 @@ def overall_sft(context: Context) -> None:
     counts = Counter(conversation.metadata["domain"] for conversation in balanced)
     _write_json(context.folder / "mixture.json", {"before_balance": len(conversations), **counts})
     base = context.inputs["base"] / "model"
-    fine_tune(context.folder, balanced, Tokenizer.load(base), base, from_dict(SFTConfig, config["sft"]))
+    _fine_tune(context, balanced, Tokenizer.load(base), base)
 
 
 def comparison(context: Context) -> None:
@@ -232,16 +235,29 @@ def _model_folder(context: Context) -> Path:
     return next(folder for name, folder in context.inputs.items() if name not in ("tasks", "pools"))
 
 
-def _train_from_nothing(
-    folder: Path, conversations: list[Conversation], tokenizer: Tokenizer, config: dict[str, Any]
-) -> None:
+def _train_from_nothing(context: Context, conversations: list[Conversation], tokenizer: Tokenizer) -> None:
     """Train random weights of the configured shape, with the vocabulary of the tokenizer."""
     shape = dataclasses.replace(
-        from_dict(ModelConfig, config["shape"]),
+        from_dict(ModelConfig, context.config["shape"]),
         vocab_size=tokenizer.padded_vocab_size,
         eos_token_id=tuple(tokenizer.eos_token_ids),
     )
-    fine_tune(folder, conversations, tokenizer, shape, from_dict(SFTConfig, config["sft"]))
+    _fine_tune(context, conversations, tokenizer, shape)
+
+
+def _fine_tune(
+    context: Context, conversations: list[Conversation], tokenizer: Tokenizer, base: Path | ModelConfig
+) -> None:
+    """Fine-tune as the step's configuration says, and tell how far it is."""
+
+    def fraction() -> float:
+        try:
+            return Run.read(context.folder).fraction()
+        except FileNotFoundError:  # still packing
+            return 0.0
+
+    with context.watching(fraction):
+        fine_tune(context.folder, conversations, tokenizer, base, from_dict(SFTConfig, context.config["sft"]))
 
 
 def _mixed(counts: Mapping[str, int], seed: int, config: ColdStartConfig) -> list[Conversation]:

@@ -1,10 +1,6 @@
 """The steps of a whole run, as functions that a pipeline calls (see `glm45.pipeline`)."""
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from glm45.config import from_dict, override, to_dict
 from glm45.data.folder import update_manifest
@@ -65,14 +61,12 @@ def pretrain(context: Context) -> None:
     """Pre-train and mid-train the recipe `config["training"]` on the data, then export the last checkpoint."""
     from glm45.training.command import export, run_training
     from glm45.training.run import Run, TrainConfig
-    from glm45.training.schedule import Plan
 
     config = from_dict(TrainConfig, {**context.config["training"], "data": str(context.inputs["data"])})
     recipe = context.folder / "recipe.json"
     recipe.write_text(json.dumps(to_dict(config), indent=1))
     run = Run.open(context.folder, config)
-    steps = Plan(config.stages).num_steps
-    with _watch(context, lambda: _last_step(context.folder / "metrics.jsonl") / steps):
+    with context.watching(run.fraction):
         status = run_training(run, ["train", str(recipe), "--run", str(context.folder)], context.config["processes"])
     if status:
         raise KeyboardInterrupt if status in (130, 143) else ValueError(f"training ended with status {status}")
@@ -114,36 +108,3 @@ def publish(context: Context) -> None:
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     files = [source / CHECKPOINT / name for name in names if (source / CHECKPOINT / name).exists()]
     hub.save(hub.load(source / CHECKPOINT), context.run / CHECKPOINT, companions=files)
-
-
-@contextmanager
-def _watch(context: Context, fraction: Callable[[], float]) -> Iterator[None]:
-    """Report progress every second while the body runs."""
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.wait(1.0):
-            context.progress(fraction())
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _last_step(metrics: Path) -> int:
-    """Return the last step in a log of record; 0 if there is none yet."""
-    if not metrics.exists():
-        return 0
-    with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - 65_536))
-        lines = file.read().split(b"\n")[:-1]
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
-            continue
-    return 0

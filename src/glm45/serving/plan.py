@@ -9,7 +9,15 @@ from glm45.config import configuration
 from glm45.engine.request import Constraint, SamplingParams
 from glm45.serving.errors import ApiError, as_client_errors
 from glm45.serving.limits import Limits
-from glm45.serving.schemas import ChatRequest, CompletionRequest, NamedTool, Sampling, StructuredOutputs, as_dicts
+from glm45.serving.schemas import (
+    AllowedToolChoice,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    Sampling,
+    StructuredOutputs,
+    as_dicts,
+)
 from glm45.serving.thinking import ThinkingChoice, choose_thinking, mark_messages
 from glm45.text.chat import DialectName, render_tokens
 from glm45.text.special_tokens import THINK, TOOL_CALL, TOOL_CALL_END
@@ -66,7 +74,7 @@ def plan_chat(request: ChatRequest, context: Context, at_most: int | None = None
     `at_most` bounds the tokens where the request names no number; the context may be a nearer bound.
     """
     thinking = choose_thinking(request, context.defaults.enable_thinking)
-    tools = as_dicts(request.tools)
+    tools = _allowed(request.tool_choice, as_dicts(request.tools))
     shown = [] if request.tool_choice == "none" else tools
     prompt_ids = render_prompt(as_dicts(request.messages), shown, thinking, context, request.continue_final_message)
     tokenizer = context.tokenizer
@@ -232,6 +240,8 @@ def _constraint(request: ChatRequest, tools: list[dict[str, Any]], reasoning: bo
     """Return the grammar of the answer, if the request asks for one."""
     choice, form = request.tool_choice, request.response_format
     must_call = choice == "required" or isinstance(choice, NamedTool)
+    if isinstance(choice, AllowedToolChoice):
+        must_call = choice.allowed_tools.mode == "required"
     if must_call:
         if form is not None and form.type != "text":
             raise ApiError(400, "a required tool call leaves no room for response_format", param="response_format")
@@ -254,16 +264,24 @@ def _structure(form: StructuredOutputs | None) -> Constraint | None:
         )
 
 
+def _allowed(choice: Any, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tools that the model may see: all, unless the choice names some as allowed."""
+    if not isinstance(choice, AllowedToolChoice):
+        return tools
+    return [_named(each.function.name, tools) for each in choice.allowed_tools.tools]
+
+
 def _tools_to_call(choice: Any, tools: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     if not tools:
         raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
-    if not isinstance(choice, NamedTool):
-        return tools
-    name = choice.function.name
-    named = [tool for tool in tools if tool["function"]["name"] == name]
-    if not named:
-        raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
-    return named
+    return [_named(choice.function.name, tools)] if isinstance(choice, NamedTool) else tools
+
+
+def _named(name: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            return tool
+    raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
 
 
 def _logit_bias(request: Sampling) -> dict[int, float]:

@@ -135,6 +135,22 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def last_step(folder: Path) -> int:
+    """Return the last step in a run's log of record; 0 if there is none yet."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0
+
+
 def _flatten(record: Record, prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in record.items():

@@ -19,8 +19,9 @@ from glm45.training.evaluation import EvaluationConfig
 from glm45.training.guard import GuardConfig
 from glm45.training.health import HealthConfig
 from glm45.training.layout import Layout
+from glm45.training.metrics import last_step
 from glm45.training.optimizers import OptimizerConfig
-from glm45.training.schedule import LearningRate
+from glm45.training.schedule import LearningRate, Plan
 from glm45.training.stages import Stage
 
 MAY_CHANGE = ("layout.", "micro_batch_tokens", "activation_checkpointing", "log_every", "tracker", "data")
@@ -155,6 +156,10 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
+
+    def fraction(self) -> float:
+        """Return how far the run is, by its log of record: 0 before the first step, 1 at the end."""
+        return last_step(self.folder) / Plan(self.config.stages).num_steps
 
 
 def _read_json(path: Path) -> Any:

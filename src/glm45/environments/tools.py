@@ -56,13 +56,13 @@ def tool_tasks(seed: int, count: int) -> Iterator[Task]:
 def _draw_request(source: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     city, other = source.sample(CITIES, 2)
     day, hour, chore = source.choice(DAYS), source.randint(1, 12), source.choice(CHORES)
-    weekend, ask = source.choice(DAYS[5:]), source.choice(("What", "How much"))
-    a, b = source.randint(10, 99), source.randint(1, 9)
+    weekend, a, b = source.choice(DAYS[5:]), source.randint(10, 99), source.randint(1, 9)
     return source.choice(
         (
             (f"How is the weather in {city} on {day}?", [("weather", {"city": city, "day": day})]),
             (f"Remind me to {chore} at {hour}.", [("remind", {"what": chore, "hour": hour})]),
-            (f"{ask} is {a} plus {b}?", [("add", {"a": a, "b": b})]),
+            (f"What is {a} plus {b}?", [("add", {"a": a, "b": b})]),
+            (f"How much is {a} plus {b}?", [("add", {"a": a, "b": b})]),
             (
                 f"Weather in {city} and {other} on {weekend}?",
                 [("weather", {"city": each, "day": weekend}) for each in (city, other)],

@@ -102,8 +102,8 @@ def demo() -> WholeRun:
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay={"arithmetic": 2500, "arithmetic-direct": 12_000, "tools": 1000, "instructions": 3000},
-            final_rl_steps=10,
+            replay={"arithmetic": 2400, "arithmetic-direct": 11_000, "tools": 1200, "instructions": 3000},
+            final_rl_steps=8,
         ),
         evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),
     )
@@ -211,7 +211,7 @@ def whole_steps(whole: WholeRun) -> list[Step]:
             250,
         ),
         *experts,
-        Step("evaluation", f"{STEPS}:evaluate", evaluation, models, 2, 40),
+        Step("evaluation", f"{STEPS}:evaluate", evaluation, models, 1, 25),
         Step("publish", f"{STEPS}:publish", {}, (last,), seconds=5),
     ]
 

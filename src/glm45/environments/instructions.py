@@ -63,13 +63,15 @@ def instruction_tasks(seed: int, count: int) -> Iterator[Task]:
     for index in range(count):
         source = random.Random(derive_seed(seed, "instructions", index))
         word, other, third = source.sample(WORDS, 3)
-        times, number = source.randint(2, 4), source.randint(10, 99)
+        times, number, another = source.randint(2, 4), source.randint(10, 99), source.randint(1, 99)
         text, constraints = source.choice(
             (
                 (f"Say {word} {times} times.", {"equals": " ".join([word] * times)}),
                 (f"Say {word} in capitals.", {"equals": word.upper()}),
                 (f"Say {word}, then {other}.", {"equals": f"{word} {other}"}),
                 (f"Say {word} and {number}.", {"equals": f"{word} {number}"}),
+                (f"Say {number}, then {word}.", {"equals": f"{number} {word}"}),
+                (f"Say {number} and {another}.", {"equals": f"{number} {another}"}),
                 (f"Say {word}, {other} and {third}.", {"equals": f"{word} {other} {third}"}),
                 (f"Spell {word}.", {"equals": " ".join(word)}),
                 (f"Say {times} words. Begin with {word}.", {"num_words": times, "starts_with": word}),

@@ -95,6 +95,9 @@ class ExpertIteration:
     """Fine-tuning of the unified model."""
     final_rl_steps: int = 20
     """Updates of the last RL pass on the mix; 0 leaves it out."""
+    final_rl_lr: float | None = None
+    """Learning rate of that pass; None is the experts'. Not in the report: on a model of a million parameters the
+    experts' rate unlearns as much as a few updates teach (docs/log.md)."""
     penalties: PenaltyConfig = PenaltyConfig(format=0.5, repetition=0.5, language_mixing=0.5)
     """Penalties of the last pass (report section 3.4, pathology RL). Sizes are not in the report."""
     comparison_samples: int = 8
@@ -138,6 +141,8 @@ def expert_iteration_steps(config: ExpertIteration) -> list[Step]:
     if config.final_rl_steps:
         rl = {**to_dict(config.rl), "steps": config.final_rl_steps, "name": "final"}
         rl["rollout"] = {**rl["rollout"], "penalties": to_dict(config.penalties)}
+        if config.final_rl_lr is not None:
+            rl["loss"] = {**rl["loss"], "lr": config.final_rl_lr}
         steps.append(
             _step("final-rl", {"rl": rl, "domains": domains, **shared}, ("overall-sft", "tasks"), "expert_rl", 20, 2)
         )

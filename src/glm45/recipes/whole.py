@@ -102,8 +102,9 @@ def demo() -> WholeRun:
             num_tasks=2000,
             rl=rl,
             trajectories=TrajectoryConfig(num_prompts=600),
-            replay={"arithmetic": 2400, "arithmetic-direct": 11_000, "tools": 1200, "instructions": 3000},
+            replay={"arithmetic": 2400, "arithmetic-direct": 11_000, "tools": 1200, "instructions": 3500},
             final_rl_steps=8,
+            final_rl_lr=5e-5,
         ),
         evaluation=SuiteOptions(num_tasks=100, max_tokens=96, arithmetic=PROBLEMS),
     )

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -34,7 +35,11 @@ def fail(context: Context) -> None:
 
 
 def slow(context: Context) -> None:
-    """Count up in a file of the step's own, as resumable work does; while `hold` is there, no further than to five."""
+    """Count up in a file of the step's own, as resumable work does; while `hold` is there, no further than to five.
+
+    A forked helper beside it, such as a pool's manager, inherits the step's locks.
+    """
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
     done, hold = context.folder / "done", context.run / "hold"
     for number in range(int(done.read_text()) if done.exists() else 0, 20):
         context.progress(number / 20, f"at {number}")

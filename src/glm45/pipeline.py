@@ -313,6 +313,8 @@ def _end_with_parent() -> None:
 def main(folder: Path) -> int:
     """Run the step whose job lies in `folder`, in this process, and write its record."""
     _end_with_parent()
+    # A pool's manager is a fork of ours: outliving us it would hold our locks for ever.
+    os.register_at_fork(after_in_child=_end_with_parent)
     # A step whose parent was killed may still be saving in this folder: wait for it.
     with locked(folder / LOCK, f"another process is at work in {folder}", patience=60):
         return _work(folder)

@@ -67,17 +67,10 @@ def start(folder, name):
     )
 
 
-def steps_at_work(folder):
-    """Process ids of the steps that run in this folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"glm45.pipeline" in words and any(word.startswith(os.fsencode(folder)) for word in words):
-            found.append(int(entry.name))
-    return found
+def children(process):
+    """Process ids of the steps that a command has at work."""
+    tasks = Path(f"/proc/{process.pid}/task")
+    return [int(pid) for file in tasks.glob("*/children") for pid in file.read_text().split()]
 
 
 def final_table(folder):
@@ -104,9 +97,11 @@ def test_a_run_killed_ten_times_ends_with_the_table_of_an_uninterrupted_one(name
         command = start(folder, name)
         time.sleep(draw.uniform(0.03, 0.12) * seconds)
         assert command.poll() is None, f"the run ended before kill {number}: make the moments denser"
-        victims = [command.pid, *steps_at_work(folder)]
-        os.kill(draw.choice(victims), signal.SIGKILL)
+        os.kill(draw.choice([command.pid, *children(command)]), signal.SIGKILL)
         assert command.wait() != 0
-        print(f"kill {number}: {sorted(file.parent.name for file in folder.glob('steps/*/step.json'))} were done")
+        print(
+            f"kill {number}: {sorted(file.parent.name for file in folder.glob('steps/*/step.json'))} were done",
+            flush=True,
+        )
     assert start(folder, name).wait() == 0
     assert final_table(folder) == final_table(whole)

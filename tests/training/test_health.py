@@ -33,6 +33,13 @@ def test_the_alarm_of_the_report_rings_at_80_percent_on_20_percent():
     assert monitor.look() == ({}, [])
 
 
+def test_a_layer_that_did_not_run_rings_no_alarm():
+    """The MTP layer of a stage whose MTP loss has no weight."""
+    monitor = RouterMonitor(HealthConfig())
+    monitor.add(torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
+    assert monitor.look()[1] == []
+
+
 def test_the_monitor_sums_over_steps_and_survives_a_restart():
     first, second = RouterMonitor(HealthConfig()), RouterMonitor(HealthConfig())
     first.add(torch.tensor([[3.0, 1.0]]))

@@ -47,8 +47,10 @@ class RouterMonitor:
         if self.loads_LE is None or not self.loads_LE.numel():
             return {}, []
         health = RouterHealth.of(self.loads_LE)
+        # A layer without any token did not run: the MTP layer, where its loss has no weight.
+        ran = self.loads_LE.sum(dim=1).nonzero().flatten().tolist()
         self.loads_LE = None
-        alarms = [message for layer in range(len(health.dead_experts_L)) for message in self._alarms(health, layer)]
+        alarms = [message for layer in ran for message in self._alarms(health, layer)]
         return {
             "max_violation": [round(value, 6) for value in health.max_violation_L.tolist()],
             "busiest_share": [round(value, 6) for value in health.busiest_share_L.tolist()],

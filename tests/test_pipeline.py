@@ -115,7 +115,8 @@ def test_records_hold_lineage_and_cost(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_inside_the_step(tmp_path, how):
     program = (
-        "import sys; from glm45.pipeline import Pipeline, Step\n"
+        "import signal, sys; from glm45.pipeline import Pipeline, Step\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a script's background jobs ignore it
         "Pipeline(sys.argv[1], [Step('s', 'test_pipeline:slow')]).run()"
     )
     (tmp_path / "hold").touch()

@@ -315,6 +315,8 @@ def main(folder: Path) -> int:
     _end_with_parent()
     # A pool's manager is a fork of ours: outliving us it would hold our locks for ever.
     os.register_at_fork(after_in_child=_end_with_parent)
+    # A command started in the background of a script ignores Ctrl-C, and so would we: it is how we are stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A step whose parent was killed may still be saving in this folder: wait for it.
     with locked(folder / LOCK, f"another process is at work in {folder}", patience=60):
         return _work(folder)

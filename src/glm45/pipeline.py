@@ -75,19 +75,26 @@ class Context:
     @contextlib.contextmanager
     def watching(self, fraction: Callable[[], float]) -> Iterator[None]:
         """Tell the display every second how far the body is, by what `fraction` finds."""
-        stop = threading.Event()
-
-        def look() -> None:
-            while not stop.wait(1.0):
-                self.progress(fraction())
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
+        with repeating(1.0, lambda: self.progress(fraction())):
             yield
-        finally:
-            stop.set()
-            thread.join()
+
+
+@contextlib.contextmanager
+def repeating(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` in a thread of its own every so many seconds while the body runs."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 class StepError(RuntimeError):

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 from glm45.config import configuration
+from glm45.pipeline import repeating
 
 PRELOADED = (
     "glm45.corpus.pipeline",
@@ -153,23 +153,17 @@ def cpu_seconds(folder: Path) -> float:
 @contextlib.contextmanager
 def _progress(step: Step, folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Report finished tasks now and then while a step runs."""
-    done = threading.Event()
+    last = 0
 
-    def watch() -> None:
-        last = 0
-        while not done.wait(2.0):
-            finished = _num_finished(folder)
-            if finished != last:
-                report(f"{step.name}: {finished}/{step.tasks} tasks")
-                last = finished
+    def look() -> None:
+        nonlocal last
+        finished = _num_finished(folder)
+        if finished != last:
+            report(f"{step.name}: {finished}/{step.tasks} tasks")
+            last = finished
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with repeating(2.0, look):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _digest(*parts: Any) -> str:

@@ -1,20 +1,24 @@
 """Kill anywhere, resume, bit-equal."""
 
+import fcntl
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from glm45.config import override
 from glm45.model.transformer import Glm45
 from glm45.training import loop
 from glm45.training.checkpoint import committed_steps, load, path_of, training_tensors
+from glm45.training.launch import LAUNCHER
 from glm45.training.loop import train
 from glm45.training.metrics import read_record
 from glm45.training.run import Run
@@ -47,13 +51,12 @@ def uninterrupted(toy_recipe_factory, tmp_path_factory):
     return folder, final_weights(train(Run.open(folder, toy_recipe_factory())))
 
 
-def train_until_killed(run, step, delay):
-    """Train, and be killed with SIGKILL `delay` seconds after `step` began; a step of -1 is the start of the run.
+def train_with(killer, run, step):
+    """Train, and start a killer (a timer) when `step` begins; a step of -1 is the start of the run.
 
     The moment follows the run's progress, not a clock that was started outside: a kill falls where it should however
     fast the machine is, and one that comes too late hits a process that has finished.
     """
-    killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
     original = loop.train_step
 
     def step_with_a_killer(state, rows):
@@ -65,6 +68,16 @@ def train_until_killed(run, step, delay):
     if step < 0:
         killer.start()
     train(run)
+
+
+def kill_after(delay, pid):
+    """Return a timer that sends SIGKILL `delay` seconds after it is started."""
+    return threading.Timer(delay, os.kill, (pid, signal.SIGKILL))
+
+
+def train_until_killed(run, step, delay):
+    killer = kill_after(delay, os.getpid())
+    train_with(killer, run, step)
     if killer.ident is not None:
         killer.join()
 
@@ -191,3 +204,71 @@ def test_a_resumed_run_keeps_the_lines_before(toy_recipe, tmp_path):
     whole = read_record(tmp_path)
     train(Run.open(tmp_path, toy_recipe()))
     assert read_record(tmp_path) == whole
+
+
+def train_rank(run, rank, port, victim, step, delay):
+    """Train as one of two ranks; where `victim` says so, send SIGKILL `delay` seconds after `step` began."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", LAUNCHER: str(os.getppid())}
+    victims = {"rank 0": (0, os.getpid()), "rank 1": (1, os.getpid()), "launcher": (0, os.getppid())}
+    at_rank, pid = victims.get(victim, (None, None))
+    with (run.folder / "ranks").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # until this process ends, in whatever way
+        if rank == at_rank:
+            train_with(kill_after(delay, pid), run, step)
+        else:
+            train(run)
+
+
+def start_two_ranks(run, *arguments):
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=train_rank, args=(run, rank, *arguments)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+
+
+def run_two_ranks(folder, recipe, victim=None, step=0, delay=0.0):
+    """Train in two processes that a third one starts, until all three are gone."""
+    run = Run.open(folder, recipe)
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = SERVER.Process(target=start_two_ranks, args=(run, port, victim, step, delay))
+    launcher.start()
+    launcher.join()
+    assert launcher.exitcode == (-signal.SIGKILL if victim == "launcher" else 0)
+    with (folder / "ranks").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def final_tensors(folder):
+    """Every tensor of the last checkpoint: weights and optimiser state."""
+    steps = committed_steps(folder / "checkpoints")
+    assert steps[-1] == NUM_STEPS
+    files = sorted(path_of(folder / "checkpoints", steps[-1]).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def two_uninterrupted(toy_recipe_factory, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_two_ranks(folder, toy_recipe_factory())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+def test_a_run_of_two_killed_processes_equals_the_uninterrupted_one(victim, toy_recipe, tmp_path, two_uninterrupted):
+    """The other rank ends by itself, with an error; after the launcher's death both save and leave."""
+    draw = random.Random(victim)
+    run_two_ranks(tmp_path, toy_recipe(), victim, draw.randint(0, NUM_STEPS - 3), draw.uniform(0, 0.06))
+    assert committed_steps(tmp_path / "checkpoints")[-1] < NUM_STEPS
+    run_two_ranks(tmp_path, toy_recipe())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (two_uninterrupted / "metrics.jsonl").read_bytes()
+    expected, found = final_tensors(two_uninterrupted), final_tensors(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in found.items())

@@ -140,7 +140,7 @@ def _data_adopt(options: argparse.Namespace) -> None:
 
 def define_train(parser: argparse.ArgumentParser) -> None:
     """`glm45 train RECIPE`: begin a run, or go on with it."""
-    parser.add_argument("recipe", help="demo, nano_cpu, one_gpu, air or full")
+    parser.add_argument("recipe", help="demo, nano_cpu, one_gpu, air or full; or a run's folder, to go on with it")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="dotted overrides of the recipe")
     parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE)")
     parser.add_argument("--dry-run", action="store_true", help="print stages, memory and time; train nothing")
@@ -151,12 +151,13 @@ def define_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from glm45.config import override
-    from glm45.recipes.catalogue import training_recipe
+    from glm45.recipes.catalogue import is_run_folder, training_recipe
     from glm45.training.command import dry_run, run_training
     from glm45.training.run import Run
 
     config = override(training_recipe(options.recipe), options.overrides)
-    folder = Path(options.folder or f"runs/{options.recipe}")
+    default = options.recipe if is_run_folder(options.recipe) else f"runs/{options.recipe}"
+    folder = Path(options.folder or default)
     run = Run.open(folder, config, options.allow_change)
     if options.dry_run:
         dry_run(run)

@@ -20,6 +20,7 @@ from glm45.model.transformer import Glm45
 from glm45.training.checkpoint import Checkpoints, Retention, training_tensors
 from glm45.training.evaluation import held_out_losses
 from glm45.training.gradients import clip_gradients, forward_backward, gradient_squares
+from glm45.training.health import UpdateNorms
 from glm45.training.layout import Layout
 from glm45.training.losses import MicroBatch
 from glm45.training.optimizers import OptimizerConfig, build_optimizers, set_learning_rate
@@ -97,17 +98,19 @@ def build(world):
 
 
 def one_step(model, pipeline, optimizers, world, step):
-    """Return the loss, the norm and the whole gradient of a step, taken."""
+    """Return the loss, the norm and the whole gradient of a step, taken, and the relative updates by group."""
     loss = forward_backward(model, own_rows(step, world), world, 2, 0.3, 1e-2, step % 2 == 1, pipeline)
     norm = sum(gradient_squares(model, world).values()) ** 0.5
     gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     clip_gradients(model, norm, OPTIMIZER.clip_norm)
     set_learning_rate(optimizers, 1e-2, OPTIMIZER)
+    before = UpdateNorms(model)
     for optimizer in optimizers:
         optimizer.step()
+    updates = before.look(model, world)
     model.update_router_bias(loss.loads_LE[pipeline.own_rows] if pipeline else loss.loads_LE, 1e-3)
     model.zero_grad()
-    return loss, norm, gradients
+    return loss, norm, gradients, updates
 
 
 def trajectory(world):
@@ -164,6 +167,11 @@ def compare(name, layout, expected, folder):
         "held-out": abs(held_out - expected_held_out),
         "loss": max(abs(a[0].total - b[0].total) for a, b in zip(results, expected_results, strict=True)),
         "norm": max(abs(a[1] / b[1] - 1) for a, b in zip(results, expected_results, strict=True)),
+        "updates": max(
+            abs(a[3][group] - b[3][group])
+            for a, b in zip(results, expected_results, strict=True)
+            for group in a[3].keys() | b[3].keys()
+        ),
         "loads": max(
             (a[0].loads_LE - b[0].loads_LE).abs().max().item() for a, b in zip(results, expected_results, strict=True)
         ),

@@ -7,7 +7,7 @@ import torch
 
 from glm45.model.config import preset
 from glm45.model.transformer import Glm45
-from glm45.training.checkpoint import Checkpoints, Retention, path_of, training_tensors, verify
+from glm45.training.checkpoint import Checkpoints, Retention, newest_state, path_of, training_tensors, verify
 from glm45.training.optimizers import OptimizerConfig, build_optimizers, set_learning_rate
 
 
@@ -48,6 +48,29 @@ def test_the_policy_keeps_last_every_best_and_the_scheduled_one(trained, tmp_pat
         checkpoints.wait()
         checkpoints.prune(best=3)
     assert checkpoints.steps() == [3, 4, 6, 7, 9]
+
+
+def test_what_a_rollback_undid_is_no_checkpoint_any_more(trained, tmp_path):
+    checkpoints = Checkpoints(tmp_path, Retention(keep_last=9))
+    for step in (2, 4, 5):
+        checkpoints.save(step, training_tensors(trained[0], []), {"first": True})
+        checkpoints.wait()
+    checkpoints.discard_after(2)
+    assert checkpoints.steps() == [2]
+    checkpoints.save(4, training_tensors(trained[0], []), {"first": False})
+    checkpoints.wait()
+    assert not checkpoints.load(4, training_tensors(trained[0], []))["first"]
+
+
+def test_the_newest_readable_state_is_found_past_a_damaged_one(trained, tmp_path):
+    checkpoints = Checkpoints(tmp_path, Retention())
+    assert newest_state(tmp_path) is None
+    for step in (1, 2):
+        checkpoints.save(step, training_tensors(trained[0], []), {"facts": step})
+    checkpoints.wait()
+    assert newest_state(tmp_path)["facts"] == 2
+    (path_of(tmp_path, 2) / "state.json").write_text("{")
+    assert newest_state(tmp_path)["facts"] == 1
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_removed(trained, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from glm45 import cli
 from glm45.config import to_dict
-from glm45.data.folder import update_manifest
+from glm45.data.folder import describe_tokenizer, update_manifest
 from glm45.model import hub
 from glm45.recipes import catalogue
 from glm45.text.tokenizer import Tokenizer
@@ -34,9 +34,12 @@ def glm45(toy_recipe, monkeypatch, capsys):
 
 def test_train_export_and_load(glm45, tmp_path):
     """The exported folder gives the run's weights to the hub's reader, and its tokenizer."""
-    status, out, _ = glm45("train", "toy", "--run", tmp_path / "run", "--processes", 1)
+    keep = "checkpoints.keep_every=3"
+    status, out, _ = glm45("train", "toy", keep, "--run", tmp_path / "run", "--processes", 1)
     assert status == 0
     assert "done: 24 steps" in out
+    assert glm45("export", tmp_path / "run", tmp_path / "early", "--step", 9)[0] == 0
+    assert hub.load(tmp_path / "early").config.rope_theta == 1e4  # the stage that step 9 belongs to
     status, out, _ = glm45("export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
     assert status == 0
     model = hub.load(tmp_path / "out")
@@ -44,6 +47,7 @@ def test_train_export_and_load(glm45, tmp_path):
     assert Tokenizer.load(tmp_path / "out").vocab_size == 300
     run = Run.read(tmp_path / "run")
     trained = loop.train(run)  # at its end: only loads
+    assert trained.config.rope_theta == 1e6
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -74,6 +78,49 @@ def test_dry_run_prints_and_saves_and_trains_nothing(glm45, tmp_path):
     assert "MB a rank" in out
     assert (tmp_path / "schedule.png").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert glm45("train", "toy", "seed=3", "--run", tmp_path, "--dry-run")[0] == 0  # nothing to be lost by it
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_its_folder_with_what_it_was_given(glm45, toy_recipe, tmp_path, monkeypatch):
+    """The words of the farewell, after overrides and in another working folder."""
+    folder = tmp_path / "run"
+    glm45("train", "toy", "seed=2", "--run", folder, "--processes", 1)
+    monkeypatch.chdir(tmp_path)
+    assert "done: 24 steps" in glm45("train", "run", "--processes", 1)[1]
+    assert Run.read(folder).config == toy_recipe("seed=2")
+    assert "seed: 2 -> 1" in glm45("train", "run", "seed=1", "--processes", 1)[2]
+
+
+def test_a_layout_that_fits_no_gpu_is_refused_with_numbers(glm45, tmp_path):
+    together = ("layout.shard=1", "layout.context=1", "layout.expert=1")
+    status, out, error = glm45("train", "full", *together, "--run", tmp_path, "--dry-run")
+    assert status == 1
+    assert "memory: about" in out
+    assert "a GPU of 80 GB has 80.0 GB: raise layout.shard" in error
+
+
+def test_torchruns_ranks_say_one_line_together(glm45, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        status, _, error = glm45("train", "toy", "micro_batch_tokens=4000000000", "--run", tmp_path)
+        assert status == 1
+        assert error.count("\n") == lines
+
+
+def test_data_of_another_tokenizer_are_refused(glm45, toy_data, tmp_path):
+    """Exchanged since the shards were made, or other than what the initial weights were trained with."""
+    other = tmp_path / "other"
+    other.mkdir()
+    os.symlink(toy_data / "shards", other / "shards")
+    Tokenizer.train(["other text " * 50], 300).save(other / "tokenizer")
+    update_manifest(other, json.loads((toy_data / "manifest.json").read_text()))
+    error = glm45("train", "toy", f"initial_weights={toy_data}/tokenizer", f"data={other}", "--run", tmp_path / "a")[2]
+    assert "were trained with a tokenizer" in error
+    update_manifest(other, {"tokenizer": describe_tokenizer(Tokenizer.load(toy_data / "tokenizer"))})
+    error = glm45("train", "toy", f"data={other}", "--run", tmp_path / "b")[2]
+    assert "was tokenized with a tokenizer" in error
 
 
 @pytest.mark.parametrize(
@@ -105,6 +152,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(glm45, tmp_path, arguments, 
 
 def test_a_damaged_configuration_is_named(glm45, tmp_path):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "metrics.jsonl").touch()
     status, _, error = glm45("train", "toy", "--run", tmp_path)
     assert status == 1
     assert f"{tmp_path / 'config.json'} is damaged" in error

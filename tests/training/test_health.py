@@ -40,6 +40,11 @@ def test_a_layer_that_did_not_run_rings_no_alarm():
     assert monitor.look()[1] == []
 
 
+def test_the_default_alarm_can_ring_on_the_smallest_model():
+    shape = preset("demo")
+    assert HealthConfig().max_violation < shape.n_routed_experts / shape.num_experts_per_tok - 1
+
+
 def test_the_monitor_sums_over_steps_and_survives_a_restart():
     first, second = RouterMonitor(HealthConfig()), RouterMonitor(HealthConfig())
     first.add(torch.tensor([[3.0, 1.0]]))
@@ -98,7 +103,7 @@ def test_relative_updates_by_hand():
     before = UpdateNorms(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
-    moved = before.look(model)
+    moved = before.look(model, ALONE)
     assert moved["head"] == pytest.approx(0.1, rel=1e-4)
     assert moved["attention"] == 0
 

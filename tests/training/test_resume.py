@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from glm45.config import override
 from glm45.model.transformer import Glm45
 from glm45.training import loop
-from glm45.training.checkpoint import committed_steps, load, path_of, training_tensors
+from glm45.training.checkpoint import committed_steps, load, path_of, training_tensors, verify
 from glm45.training.launch import LAUNCHER
 from glm45.training.loop import train
 from glm45.training.metrics import read_record
@@ -162,7 +162,7 @@ def test_sigterm_saves_and_says_how_to_go_on(toy_recipe, toy_data, tmp_path, uni
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "stopped at step 5" in done.stdout
-    assert f"Go on with: glm45 train toy --run {tmp_path}" in done.stdout
+    assert f"Go on with: glm45 train {tmp_path}" in done.stdout
     assert committed_steps(tmp_path / "checkpoints")[-1] == 5
     expected_folder, weights = uninterrupted
     train(Run.open(tmp_path, recipe))
@@ -170,11 +170,13 @@ def test_sigterm_saves_and_says_how_to_go_on(toy_recipe, toy_data, tmp_path, uni
 
 
 @pytest.mark.slow
-def test_a_flipped_byte_is_refused_and_the_checkpoint_before_used(toy_recipe, tmp_path, uninterrupted, capsys):
-    expected_folder, _ = uninterrupted
+@pytest.mark.parametrize("file", ["*.safetensors", "state.json"])
+def test_a_flipped_byte_is_refused_and_the_checkpoint_before_used(file, toy_recipe, tmp_path, uninterrupted, capsys):
+    """The damaged checkpoint is then made anew."""
+    expected_folder, weights = uninterrupted
     train(Run.open(tmp_path, toy_recipe()))
     steps = committed_steps(tmp_path / "checkpoints")
-    damaged = next(path_of(tmp_path / "checkpoints", steps[-1]).glob("*.safetensors"))
+    damaged = next(path_of(tmp_path / "checkpoints", steps[-1]).glob(file))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
@@ -183,11 +185,13 @@ def test_a_flipped_byte_is_refused_and_the_checkpoint_before_used(toy_recipe, tm
     said = capsys.readouterr().out
     assert "damaged: its checksum differs" in said
     assert f"going on at step {steps[-2]}" in said
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (expected_folder / "metrics.jsonl").read_bytes()
+    verify(damaged.parent)
+    assert_same_run(tmp_path, expected_folder, weights)
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(toy_recipe, tmp_path):
     Run.open(tmp_path, toy_recipe()).write()
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=r"learning_rate.peak: 0.005 -> 0.1"):
         Run.open(tmp_path, override(toy_recipe(), ["learning_rate.peak=0.1"]))
     Run.open(tmp_path, override(toy_recipe(), ["learning_rate.peak=0.1"]), allow_change=True)

@@ -92,6 +92,16 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def tokenizer_fingerprint(path: Path | str) -> str | None:
+    """Return the fingerprint of the tokenizer that a folder's shards were made with; None where the manifest is silent.
+
+    What lies in `tokenizer/` may have been exchanged since.
+    """
+    manifest = Path(path) / MANIFEST
+    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+    return entries.get("tokenizer", {}).get("fingerprint")
+
+
 def _open_dataset(shards: Path, name: str, entry: Mapping[str, Any]) -> Documents:
     parts = [Shard(shards / part) for part in entry.get("shards", [name])]
     return parts[0] if len(parts) == 1 else ShardChain(parts)

@@ -1,9 +1,12 @@
 """The report's own runs, GLM-4.5 and GLM-4.5-Air, for a cluster under torchrun.
 
-The report names no hardware. The only layouts published for these models are those of its RL system: 355B with tensor
-8 (sequence parallel), pipeline 4, context 2 and expert 16 on 64 GPUs, for sequences of 32K, with optimiser state in
-host memory and all activations recomputed (THUDM/slime, scripts/run-glm4.5-355B-A32B.sh). Pre-training keeps all
-state on the GPUs, so it needs more of them; experts go by all-to-all rather than by tensor parallelism.
+The report names no hardware. Layouts published for these models are that of its RL system, 355B with tensor 8
+(sequence parallel), pipeline 4, context 2 and expert 16 on 64 GPUs, for sequences of 32K, with optimiser state in host
+memory and all activations recomputed (THUDM/slime, scripts/run-glm4.5-355B-A32B.sh); and those that Megatron-Bridge
+recommends for pre-training at 4K: 355B with tensor 2, pipeline 8 and expert 16, Air with pipeline 4 and expert 8
+(NVIDIA-NeMo/Megatron-Bridge, recipes/glm). Here they read `layout.tensor=2 layout.pipeline=8 layout.expert=16
+layout.shard=8` and `layout.pipeline=4 layout.expert=8 layout.shard=8`. The report's last stage has rows of 128K and all
+state stays on the GPUs, so the layouts below have context parallelism instead, and more GPUs.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,17 @@ class Checkpoints:
         """
         return load(self.folder / _name(step), tensors, self._group)
 
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints after `step`: damaged, or of steps that a rollback undid. The run makes them anew."""
+        if self._group is not None:
+            dist.barrier(self._group)  # every rank has chosen by what is there now
+        if _rank() == 0:
+            for later in self.steps():
+                if later > step:
+                    shutil.rmtree(self.folder / _name(later))
+        if self._group is not None:
+            dist.barrier(self._group)
+
     def prune(self, best: int | None) -> None:
         """Remove checkpoints that the policy does not keep. `best` is the step with the lowest held-out loss."""
         if _rank() != 0:
@@ -198,17 +209,28 @@ def newest_intact(folder: Path, only_every: int = 1) -> tuple[int, list[str]]:
     raise FileNotFoundError(f"{folder}: no intact checkpoint ({detail})")
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise ValueError naming the file if a file of a checkpoint is missing or differs from its checksum."""
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """Return the state of the newest checkpoint where that file is intact, whatever its tensors are; None without."""
+    for step in reversed(committed_steps(folder)):
+        try:
+            verify(folder / _name(step), only=("state.json",))
+        except ValueError:
+            continue
+        return read_state(folder / _name(step))
+    return None
+
+
+def verify(checkpoint: Path, only: Sequence[str] = ()) -> None:
+    """Raise ValueError naming the file if a file of a checkpoint (`only` some) is missing or not as it was written."""
     try:
         files = json.loads((checkpoint / "commit.json").read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{checkpoint}: no readable commit.json ({_first_line(error)})") from None
-    for name, checksum in files.items():
+    for name in only or files:
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if _checksum(path) != checksum:
+        if _checksum(path) != files[name]:
             raise ValueError(f"{path} is damaged: its checksum differs from the one in commit.json")
 
 

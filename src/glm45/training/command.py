@@ -1,5 +1,6 @@
 """What `glm45 train` and `glm45 export` do, once their arguments are read."""
 
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from glm45.training.checkpoint import committed_steps, load, newest_intact, path
 from glm45.training.estimate import ASSUMED_PEAK_SHARE, check_memory, estimate, measure_peak_flops
 from glm45.training.launch import default_processes, launch, started_by_torchrun
 from glm45.training.loop import RunStoppedError, load_tokenizer, train
-from glm45.training.run import Run
+from glm45.training.run import Run, TrainConfig
 from glm45.training.schedule import Plan, plot
 from glm45.training.state import choose_precision
 
@@ -30,13 +31,17 @@ def run_training(run: Run, arguments: list[str], processes: int | None) -> int:
 
     `arguments` are those of the command line, for the processes to be started.
     """
-    if not started_by_torchrun():
+    if started_by_torchrun():
+        try:
+            _check(run.config, int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        except (ValueError, OSError, MemoryError):
+            if int(os.environ["RANK"]) > 0:
+                return 1  # rank 0 says it
+            raise
+    else:
         # What a user can mend is told once, before there are many processes.
         processes = default_processes(run.config) if processes is None else processes
-        run.config.layout.resolve(processes)
-        available, where = available_memory()
-        check_memory(run.config, available / (1 if torch.cuda.is_available() else processes), where)
-        load_tokenizer(run.config)
+        _check(run.config, processes, processes)
         if processes > 1:
             with run.exclusive():
                 pass
@@ -49,8 +54,19 @@ def run_training(run: Run, arguments: list[str], processes: int | None) -> int:
     return 0
 
 
+def _check(config: TrainConfig, processes: int, processes_here: int) -> None:
+    """Raise ValueError, OSError or MemoryError for a run that cannot be in so many processes, so many of them here."""
+    config.layout.resolve(processes)
+    available, where = available_memory()
+    check_memory(config, available / (1 if torch.cuda.is_available() else processes_here), where)
+    load_tokenizer(config)
+
+
 def dry_run(run: Run) -> None:
-    """Print what a run would do, and save the resolved configuration and a plot of its schedules."""
+    """Print what a run would do, and save the resolved configuration and a plot of its schedules.
+
+    Raises MemoryError if a rank fits neither this machine nor a GPU of 80 GB.
+    """
     config, plan = run.config, Plan(run.config.stages)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = config.layout.ranks_per_copy == 1
@@ -82,9 +98,13 @@ def dry_run(run: Run) -> None:
         f"{ASSUMED_PEAK_SHARE:.0%} of its {_short(peak)}flop/s",
         soft_wrap=True,
     )
-    if not here:
+    available, where = available_memory()
+    if not here or size > available:
         check_memory(config, GPU_BYTES, "a GPU of 80 GB")
-    run.write()
+    if size > available:
+        console.print(f"{where} has {_short(available)}B free: the run needs another one", soft_wrap=True)
+    with run.exclusive():
+        run.write()
     plot(config.stages, config.learning_rate, run.folder / "schedule.png")
     console.print(f"wrote {run.folder / 'config.json'} and schedule.png")
 
@@ -106,7 +126,8 @@ def export(folder: Path, out: Path, dtype: str, step: int | None) -> Path:
     verify(chosen)
     model = Glm45(run.config.model)
     load(chosen, training_tensors(model, []))
-    model.set_rope_theta(run.config.stages[-1].rope_theta)
+    trained = Plan(run.config.stages).step(max(step, 1) - 1).segment.stage
+    model.set_rope_theta(trained.rope_theta)
     tokenizer = load_tokenizer(run.config) if Path(run.config.data).exists() else None
     if tokenizer is not None:
         model.config = replace(model.config, eos_token_id=tokenizer.eos_token_ids)

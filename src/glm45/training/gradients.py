@@ -1,6 +1,7 @@
 """One batch's loss and gradient over micro-batches and ranks; norms and clipping."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +63,30 @@ def _flat(share: LossParts) -> torch.Tensor:
 
 
 def gradient_squares(model: nn.Module, world: World) -> dict[str, float]:
-    """Return the sum of squares of the gradient by group of parameters, over all ranks, each number counted once."""
-    gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
+    """Return the sum of squares of the gradient by group of parameters; see `sums_of_squares`."""
+    return sums_of_squares(
+        model, world, lambda name, parameter: None if parameter.grad is None else local(parameter.grad)
+    )
+
+
+def sums_of_squares(
+    model: nn.Module, world: World, part_of: Callable[[str, nn.Parameter], torch.Tensor | None]
+) -> dict[str, float]:
+    """Return sums of squares by group of parameters, over all ranks, each number counted once.
+
+    `part_of` gives what is summed for a parameter, this rank's part of it, or None to leave it out.
+    """
+    found_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
     squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64)
     for divided in (False, True):
-        gradients.clear()
+        found_parts.clear()
         for name, parameter in model.named_parameters():
-            if parameter.grad is not None and is_divided(parameter) == divided and not is_copy(name, world):
-                gradients[parameter_group(name)].append(local(parameter.grad))
+            if is_divided(parameter) == divided and not is_copy(name, world):
+                part = part_of(name, parameter)
+                if part is not None:
+                    found_parts[parameter_group(name)].append(part)
         copies = world.layout.replicate * (1 if divided else world.layout.tensor)
-        for group, parts in gradients.items():
+        for group, parts in found_parts.items():
             norms = torch.stack(torch._foreach_norm(parts))
             squares[PARAMETER_GROUPS.index(group)] += norms.double().square().sum().cpu() / copies
     found = zip(PARAMETER_GROUPS, world.sum(squares).tolist(), strict=True)

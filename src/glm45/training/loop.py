@@ -8,12 +8,13 @@ import signal
 import threading
 import time
 from contextlib import closing, nullcontext
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from glm45.data.folder import DataFolder
+from glm45.data.folder import DataFolder, tokenizer_fingerprint
 from glm45.data.loader import Batch
 from glm45.model.census import training_flops_per_token
 from glm45.model.transformer import Glm45
@@ -32,6 +33,7 @@ from glm45.training.parallel import World
 from glm45.training.progress import Display
 from glm45.training.run import Run, TrainConfig
 from glm45.training.schedule import Step
+from glm45.training.stages import Stage
 from glm45.training.state import TrainingState, settle_facts
 
 
@@ -102,12 +104,13 @@ def _train(
             metrics.step(record, timing)
             display.step(record, timing)
             observers.look(state, metrics, display)
+            stopping = stop.seen(world)
             if state.guard.must_go_back:
                 go_back(state, checkpoints, metrics, display)
                 rows = batches.ahead(state.step)
-            elif stop.seen(world) or state.step % config.checkpoints.every == 0 or state.step == plan.num_steps:
+            elif stopping or state.save_is_due:
                 state.save(checkpoints, metrics.length)
-            if stop.requested and state.step < plan.num_steps:
+            if stopping and state.step < plan.num_steps:
                 checkpoints.wait()
                 raise RunStoppedError(stop.requested, _farewell(run, state, stop.requested))
         checkpoints.wait()
@@ -150,7 +153,7 @@ def train_step(state: TrainingState, rows: Rows) -> dict[str, Any]:
         state.update_router_bias(loss.loads_LE, stage.router_bias_rate)
         state.router.add(loss.loads_LE)
         if before is not None:
-            record |= {"gradient_norms": norms_by_group(squares), "relative_updates": before.look(state.model)}
+            record |= {"gradient_norms": norms_by_group(squares), "relative_updates": before.look(state.model, world)}
     else:
         record["skipped"] = problem
     state.model.zero_grad(set_to_none=True)
@@ -163,6 +166,7 @@ def resume(state: TrainingState, checkpoints: Checkpoints) -> list[str]:
     if not checkpoints.steps():
         return []
     step, problems = checkpoints.newest()
+    checkpoints.discard_after(step)
     state.load(checkpoints, step)
     return problems
 
@@ -175,6 +179,7 @@ def go_back(state: TrainingState, checkpoints: Checkpoints, metrics: Metrics, di
     bad, came_from, rollbacks = state.guard.skips_in_row, state.step, state.guard.rollbacks + 1
     checkpoints.wait()
     step, _ = checkpoints.newest(only_every=state.config.checkpoints.every)
+    checkpoints.discard_after(step)
     state.load(checkpoints, step)
     state.guard.go_back(rollbacks, bad)
     metrics.cut(state.metrics_length)
@@ -187,11 +192,7 @@ def dry_run_shapes(state: TrainingState) -> None:
 
     Raises MemoryError, with what to change, for a stage that does not fit.
     """
-    config, first = state.config, state.plan.step(min(state.step, state.plan.num_steps - 1)).segment.stage_index
-    by_shape = {
-        (max(1, config.micro_batch_tokens // stage.sequence_length), stage.sequence_length): stage
-        for stage in reversed(config.stages[first:])
-    }
+    config, by_shape = state.config, _shapes(state)
     for (rows, length), stage in by_shape.items():
         shape = (rows * config.layout.pipeline, length)  # a pipeline needs as many micro-batches as ranks
         zeros_BT = torch.zeros(shape, dtype=torch.int64)
@@ -209,6 +210,21 @@ def dry_run_shapes(state: TrainingState) -> None:
                 "Lower micro_batch_tokens, set activation_checkpointing=true, or shard over more ranks"
             ) from error
     state.model.zero_grad(set_to_none=True)
+
+
+def _shapes(state: TrainingState) -> dict[tuple[int, int], Stage]:
+    """Return the rows and length of the largest micro-batch of each stage still to come, and such a stage."""
+    config, plan = state.config, state.plan
+    largest: dict[int, int] = {}  # stage -> rows of one rank
+    for segment in plan.segments[plan.segments.index(plan.step(min(state.step, plan.num_steps - 1)).segment) :]:
+        rows = segment.rows // state.world.num_data_ranks // config.layout.pipeline
+        largest[segment.stage_index] = max(rows, largest.get(segment.stage_index, 1))
+    shapes = {}
+    for index, most in reversed(largest.items()):
+        stage = config.stages[index]
+        rows = min(max(1, config.micro_batch_tokens // stage.sequence_length), most)
+        shapes[rows, stage.sequence_length] = stage
+    return shapes
 
 
 class StopRequests:
@@ -242,8 +258,25 @@ class StopRequests:
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer | None:
-    """Load the data folder's tokenizer. Raises ValueError if the model's vocabulary is too small for it."""
+    """Load the data folder's tokenizer.
+
+    Raises ValueError if the model's vocabulary is too small for it, or the data or the initial weights have another's.
+    """
     tokenizer = Tokenizer.load(f"{config.data}/tokenizer")
+    fingerprint = tokenizer_fingerprint(config.data)
+    if fingerprint not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{config.data} was tokenized with a tokenizer {fingerprint}, its tokenizer/ is {tokenizer.fingerprint}: "
+            "restore that, or build the data again"
+        )
+    initial = Path(config.initial_weights) / "tokenizer.json"
+    if config.initial_weights and initial.exists():
+        fingerprint = Tokenizer.load(initial.parent).fingerprint
+        if fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"initial_weights {config.initial_weights} were trained with a tokenizer {fingerprint}, {config.data} "
+                f"has {tokenizer.fingerprint}: tokenize the data with theirs"
+            )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{config.data} was tokenized with a vocabulary of {tokenizer.vocab_size}, model.vocab_size is "
@@ -288,5 +321,5 @@ def _timing(state: TrainingState, step: Step, seconds: float, peak_flops: float)
 def _farewell(run: Run, state: TrainingState, number: int) -> str:
     return (
         f"stopped at step {state.step} of {state.plan.num_steps} by {signal.Signals(number).name}; everything is "
-        f"saved. Go on with: glm45 train {run.config.name} --run {run.folder}"
+        f"saved. Go on with: glm45 train {run.folder}"
     )

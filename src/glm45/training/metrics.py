@@ -22,21 +22,19 @@ class JsonLines:
 
     def __init__(self, path: Path, length: int | None = None) -> None:
         """Open for appending, after cutting the file to `length` bytes: what came later belongs to lost steps."""
-        path.touch()
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: what a full disk refused is not tried again, with another error, when the file is closed.
+        self._file = path.open("ab", buffering=0)
         self._path = path
         if length is not None:
             self.cut(length)
 
     @property
     def length(self) -> int:
-        """Bytes written so far, flushed."""
-        self._file.flush()
+        """Bytes written so far."""
         return self._file.tell()
 
     def cut(self, length: int) -> None:
         """Remove everything after `length` bytes. Raises ValueError if the file is shorter."""
-        self._file.flush()
         if self._path.stat().st_size < length:
             raise ValueError(
                 f"{self._path} has {self._path.stat().st_size} bytes and its checkpoint was written at {length}: the "
@@ -48,9 +46,10 @@ class JsonLines:
     def write(self, record: Record) -> None:
         """Append one line. A number that JSON lacks (NaN, infinity) becomes null. Raises OSError on a full disk."""
         line = json.dumps({key: _jsonable(value) for key, value in record.items()}, ensure_ascii=False)
+        left = (line + "\n").encode()
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             advice = "free some space and run the same command again"
             raise OSError(f"{self._path}: {error.strerror or error}; {advice}") from error

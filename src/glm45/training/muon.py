@@ -222,12 +222,17 @@ def _orthogonalize_stack(stacked_SMN: torch.Tensor, like: Matrices, steps: int) 
 
 
 def _chunks(bucket: list[Matrices]) -> Iterable[list[Matrices]]:
-    """Cut a bucket into lists of at most `BATCH_ELEMENTS` elements of whole matrices, or single entries."""
+    """Cut a bucket into lists of at most `BATCH_ELEMENTS` elements a rank of whole matrices, or single entries.
+
+    Sharded matrices are divided among the ranks of their mesh, so a list is as many times longer: with less, one rank
+    would work and the others wait.
+    """
+    most = BATCH_ELEMENTS * (bucket[0].mesh.size() if bucket[0].mesh else 1)
     chunk: list[Matrices] = []
     held = 0
     for matrices in bucket:
         size = matrices.update_SMN.shape[0] * matrices.shape[0] * matrices.shape[1]
-        if chunk and held + size > BATCH_ELEMENTS:
+        if chunk and held + size > most:
             yield chunk
             chunk, held = [], 0
         chunk.append(matrices)

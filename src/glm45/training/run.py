@@ -105,11 +105,12 @@ class Run:
     def open(cls, folder: Path | str, config: TrainConfig, allow_change: bool = False) -> "Run":
         """Begin a run in `folder`, or go on with the one that is there.
 
-        Raises ValueError, with the differences, if the folder holds a run of another recipe, unless `allow_change`.
+        Raises ValueError, with the differences, if the folder holds a run of another recipe, unless `allow_change`; a
+        recipe of which nothing was trained, as after a dry run, gives way.
         """
         folder = Path(folder)
         saved = folder / "config.json"
-        if saved.exists():
+        if saved.exists() and (folder / "metrics.jsonl").exists():
             before = _read_json(saved)
             changes = [change for change in _differences(before, to_dict(config)) if not change.startswith(MAY_CHANGE)]
             if changes and not allow_change:

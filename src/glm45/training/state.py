@@ -10,7 +10,7 @@ from glm45.kernels.probe import preferred_compute_dtype
 from glm45.model import hub
 from glm45.model.transformer import Glm45
 from glm45.seeds import derive_seed
-from glm45.training.checkpoint import Checkpoints, committed_steps, path_of, read_state, training_tensors
+from glm45.training.checkpoint import Checkpoints, newest_state, training_tensors
 from glm45.training.guard import Guard
 from glm45.training.health import RouterMonitor
 from glm45.training.optimizers import build_optimizers
@@ -60,6 +60,13 @@ class TrainingState:
             pipeline=pipeline,
         )
 
+    @property
+    def save_is_due(self) -> bool:
+        """Whether the step that was just done is scheduled for a checkpoint, the best so far, or the last."""
+        policy = self.config.checkpoints
+        is_best = policy.keep_best and self.best is not None and self.best[0] == self.step
+        return self.step % policy.every == 0 or is_best or self.step == self.plan.num_steps
+
     def enter_stage(self, step: Step) -> None:
         """Set what the stage of `step` sets: the RoPE base."""
         if self.model.config.rope_theta != step.segment.stage.rope_theta:
@@ -92,6 +99,8 @@ class TrainingState:
                     f"{self.facts[name]}: give it the same again, or begin another run"
                 )
         self.step = step
+        if step:
+            self.enter_stage(self.plan.step(step - 1))
         self.best = tuple(state["best"]) if state["best"] else None
         self.metrics_length = state["metrics_length"]
         self.guard.load_state(state["guard"])
@@ -129,9 +138,6 @@ def settle_facts(config: TrainConfig, world: World, checkpoints: Path, fingerpri
 
     A probe may choose another precision after a restart, or on another rank: the first choice stays.
     """
-    steps = committed_steps(checkpoints)
-    if steps and config.precision == "auto":
-        precision = read_state(path_of(checkpoints, steps[-1]))["facts"]["precision"]
-    else:
-        precision = choose_precision(config, world.device)
+    saved = newest_state(checkpoints) if config.precision == "auto" else None
+    precision = saved["facts"]["precision"] if saved else choose_precision(config, world.device)
     return {"precision": world.first(precision), "tokenizer": fingerprint}

@@ -1,5 +1,6 @@
 """One training step of the `mini` preset in bf16 on a GPU, against transformers under autocast on the same weights.
 
+Forward and backward of both, and our whole step: MTP and balance losses, clipping, Muon and AdamW, the router's bias.
 Prints tokens a second, their ratio, and the share of a measured bf16 product peak. Does nothing without a GPU.
 """
 
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+WHOLE = "ours bf16, whole step"
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -36,6 +39,9 @@ class Contest:
         from glm45.model import hub
         from glm45.model.config import preset
         from glm45.model.transformer import Glm45
+        from glm45.training.layout import Layout
+        from glm45.training.optimizers import OptimizerConfig, build_optimizers
+        from glm45.training.parallel import World
 
         self.config = preset(name)
         self.ours = Glm45(self.config, compute_dtype=torch.bfloat16, device=device)
@@ -43,6 +49,8 @@ class Contest:
             hub.save(self.ours, folder)
             self.peer = Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         self.tokens_BT = torch.randint(0, self.config.vocab_size, (rows, length), device=device)
+        self.world = World(Layout(replicate=1), device)
+        self.optimizers = build_optimizers(self.ours, OptimizerConfig())
 
     def peer_step(self, experts: str) -> None:
         self.peer.set_experts_implementation(experts)
@@ -61,6 +69,13 @@ class Contest:
         head = self.ours.lm_head.weight
         linear_cross_entropy(hidden_ND, head, targets_BT.flatten(), weights_BT.flatten()).backward()
 
+    def whole_step(self) -> None:
+        from training_step import whole_step
+
+        self.ours.train()
+        whole_step(self.ours, self.optimizers, self.world, self.tokens_BT)
+        self.ours.eval()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,7 +92,7 @@ def main() -> None:
     from glm45.model.census import training_flops_per_token
 
     contest = Contest(options.preset, device, options.rows, options.length)
-    steps: dict[str, Callable[[], None]] = {"ours bf16": contest.our_step}
+    steps: dict[str, Callable[[], None]] = {"ours bf16": contest.our_step, WHOLE: contest.whole_step}
     for experts in ("eager", "grouped_mm"):
         steps[f"peer autocast, {experts}"] = lambda experts=experts: contest.peer_step(experts)
     times = {name: [seconds(step, device) for _ in range(3)][1:] for name, step in steps.items()}
@@ -85,12 +100,14 @@ def main() -> None:
         for name, step in steps.items():
             times[name].append(seconds(step, device))
     peak, tokens = peak_rate(device, options.gemm), contest.tokens_BT.numel()
-    flops = training_flops_per_token(contest.config, options.length, mtp=False) * tokens
+    flops = {
+        name: tokens * training_flops_per_token(contest.config, options.length, mtp=name == WHOLE) for name in steps
+    }
     best_peer = min(statistics.median(measured) for name, measured in times.items() if name.startswith("peer"))
     print(f"{options.preset}, {tokens} tokens on {device}; bf16 product peak {peak / 1e12:.1f} TF/s")
     for name, measured in times.items():
         median = statistics.median(measured)
-        share = flops / median / peak
+        share = flops[name] / median / peak
         print(
             f"  {name:26} {tokens / median:10,.0f} tokens/s  {share:.2f} of peak  {best_peer / median:.2f} × best peer"
         )

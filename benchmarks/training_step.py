@@ -98,15 +98,15 @@ def whole_step(model: Any, optimizers: Any, world: Any, tokens_BT: Any) -> float
     from glm45.training.optimizers import OptimizerConfig, set_learning_rate
 
     begun = time.process_time()
-    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     everything = torch.ones_like(tokens_BT, dtype=torch.bool)
-    batch = MicroBatch.of(Batch(tokens_BT, torch.zeros_like(tokens_BT), positions_BT, everything))
+    batch = MicroBatch.of(Batch(tokens_BT, torch.zeros_like(tokens_BT), positions_BT, everything), world.device)
     loss = forward_backward(model, batch, world, len(tokens_BT), 0.3, 1e-4, False)
     norm = sum(gradient_squares(model, world).values()) ** 0.5
     clip_gradients(model, norm, CLIP)
     set_learning_rate(optimizers, 1e-5, OptimizerConfig())
     optimizing = timed(lambda: [optimizer.step() for optimizer in optimizers])
-    model.update_router_bias(loss.loads_LE, 1e-3)
+    model.update_router_bias(loss.loads_LE.to(world.device), 1e-3)
     model.zero_grad(set_to_none=True)
     return optimizing / (time.process_time() - begun)
 

@@ -83,16 +83,26 @@ def write_filtered(found: Path, thresholds, documents: Path):
 
 
 def write_unfiltered(recipe, corpus: Path, documents: Path):
-    """Everything that the same sources hold, before any rule, as `raw-*`; of it, what is held out, as `any-*`."""
+    """Everything that the same sources hold, before any rule, as `raw-*`; of it, what is held out, as `any-*`.
+
+    Copies of held-out texts are left out of `raw-*`: it is not deduplicated, and would be asked what it has read.
+    """
     chain = corpus_chain(recipe, corpus / "work", Path(recipe.downloads or corpus / "work" / "downloads"))
     sources = {source.name: source for source in recipe.sources}
-    with Writers(documents) as writers, DropLog(corpus / "unread") as log:
+    held_out, training = [], []
+    with DropLog(corpus / "unread") as log:
         for unit in (unit for task in load_plan(chain.plan) for unit in task):
             for document in read_documents(sources[unit.source], unit, log, recipe.repositories, recipe.seed):
                 if (kind := document.metadata["kind"]) in FOUND_KINDS:
-                    held_out = is_held_out(document.id, HELD_OUT)
-                    arm, bucket = ("any", "heldout") if held_out else ("raw", "medium")
-                    writers.write(f"{arm}-{unit.source}-{kind}.{bucket}", document)
+                    found = held_out if is_held_out(document.id, HELD_OUT) else training
+                    found.append((f"{unit.source}-{kind}", document))
+    known = {document.text for _, document in held_out}
+    with Writers(documents) as writers:
+        for name, document in held_out:
+            writers.write(f"any-{name}.heldout", document)
+        for name, document in training:
+            if document.text not in known:
+                writers.write(f"raw-{name}.medium", document)
 
 
 class Writers(ExitStack):

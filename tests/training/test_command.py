@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from glm45.recipes import catalogue
 from glm45.text.tokenizer import Tokenizer
 from glm45.training import loop
 from glm45.training.checkpoint import committed_steps
+from glm45.training.launch import default_processes, launch
 from glm45.training.metrics import read_record
 from glm45.training.run import Run
 
@@ -256,3 +258,54 @@ def test_a_run_of_two_sharded_processes_goes_on_in_one(toy_recipe, tmp_path, mon
     loop.train(Run.open(alone, toy_recipe()))
     expected = [line["loss"] for line in read_record(alone) if "loss" in line]
     assert [line["loss"] for line in steps] == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "cores, overrides, processes",
+    [
+        (2, (), 2),
+        (3, (), 2),  # batches of 2 and 4 rows do not divide among three
+        (64, (), 2),
+        (2, ("layout.replicate=1",), 1),
+        (2, ("layout.shard=2",), 1),  # the user's own launcher decides
+    ],
+)
+def test_one_process_a_core_as_far_as_batches_divide(toy_recipe, monkeypatch, cores, overrides, processes):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_processes(toy_recipe(*overrides)) == processes
+
+
+def launched(program, tmp_path, monkeypatch):
+    """Let `launch` start `python program` instead of the command line; return its status."""
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    monkeypatch.setattr(sys, "argv", ["glm45"])
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        return popen([sys.executable, str(path)], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return launch([], 2)
+
+
+def test_one_failing_process_ends_the_others_with_its_status(tmp_path, monkeypatch):
+    program = "import os, sys, time\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(2)\n"
+    assert launched(program, tmp_path, monkeypatch) == 7
+
+
+def test_ctrl_c_reaches_every_process(tmp_path, monkeypatch):
+    """Each writes what it got; the launcher itself survives to wait for them."""
+    program = (
+        "import os, signal, sys, time, pathlib\n"
+        "def got(number, frame):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(number))\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGINT, got)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    time.sleep(0.3); os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(20)\n"
+    )
+    assert launched(program, tmp_path, monkeypatch) == 128 + signal.SIGINT
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [str(int(signal.SIGINT))] * 2

@@ -40,6 +40,7 @@ def test_train_export_and_load(glm45, tmp_path):
     status, out, _ = glm45("train", "toy", keep, "--run", tmp_path / "run", "--processes", 1)
     assert status == 0
     assert "done: 24 steps" in out
+    assert "of the time between steps" in out
     assert glm45("export", tmp_path / "run", tmp_path / "early", "--step", 9)[0] == 0
     assert hub.load(tmp_path / "early").config.rope_theta == 1e4  # the stage that step 9 belongs to
     status, out, _ = glm45("export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")

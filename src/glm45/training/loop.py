@@ -6,7 +6,6 @@ intact one, and what it then computes and writes to `metrics.jsonl` is bit for b
 
 import signal
 import threading
-import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -30,7 +29,7 @@ from glm45.training.metrics import Metrics
 from glm45.training.observers import Observers
 from glm45.training.optimizers import set_learning_rate
 from glm45.training.parallel import World
-from glm45.training.progress import Display
+from glm45.training.progress import Display, StepClock
 from glm45.training.run import Run, TrainConfig
 from glm45.training.schedule import Step
 from glm45.training.stages import Stage
@@ -97,10 +96,13 @@ def _train(
             state.save(checkpoints, metrics.length)
         peak_flops = measure_peak_flops(world.device, state.model.compute_dtype) * (world.layout.world_size())
         rows = batches.ahead(state.step)
+        clock = StepClock()
         while state.step < plan.num_steps:
-            begun = time.perf_counter()
-            record = train_step(state, next(rows))
-            timing = _timing(state, plan.step(state.step - 1), time.perf_counter() - begun, peak_flops)
+            batch = next(rows)
+            clock.begin()
+            record = train_step(state, batch)
+            clock.end()
+            timing = _timing(state, plan.step(state.step - 1), clock, peak_flops)
             metrics.step(record, timing)
             display.step(record, timing)
             observers.look(state, metrics, display)
@@ -115,7 +117,8 @@ def _train(
                 raise RunStoppedError(stop.requested, _farewell(run, state, stop.requested))
         checkpoints.wait()
         checkpoints.prune(state.best[0] if state.best else None)
-        display.say(f"done: {plan.num_steps} steps, {plan.tokens:,} tokens; {run.folder}")
+        between = f"{clock.share_between():.1%} of the time between steps (looking, saving, data)"
+        display.say(f"done: {plan.num_steps} steps, {plan.tokens:,} tokens, {between}; {run.folder}")
 
 
 def train_step(state: TrainingState, rows: Rows) -> dict[str, Any]:
@@ -311,11 +314,17 @@ def _loss_record(loss: BatchLoss, rate: float, norm: float) -> dict[str, Any]:
     return record
 
 
-def _timing(state: TrainingState, step: Step, seconds: float, peak_flops: float) -> dict[str, float]:
+def _timing(state: TrainingState, step: Step, clock: StepClock, peak_flops: float) -> dict[str, float]:
     stage = step.segment.stage
-    speed = step.segment.step_tokens / seconds
+    speed = step.segment.step_tokens / clock.step
     flops = training_flops_per_token(state.model.config, stage.sequence_length, mtp=stage.mtp_weight > 0)
-    return {"seconds": seconds, "tokens_per_second": speed, "peak_share": speed * flops / peak_flops}
+    share = speed * flops / peak_flops
+    return {
+        "seconds": clock.step,
+        "seconds_before": clock.before,
+        "tokens_per_second": speed,
+        "peak_share": share,
+    }
 
 
 def _farewell(run: Run, state: TrainingState, number: int) -> str:

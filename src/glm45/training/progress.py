@@ -62,3 +62,29 @@ def _line(record: dict[str, Any], timing: dict[str, Any]) -> str:
     if "skipped" in record:
         parts.append(f"skipped: {record['skipped']}")
     return "  ".join(parts)
+
+
+class StepClock:
+    """Seconds in steps and between them, where a run is looked at and saved and waits for its data."""
+
+    def __init__(self) -> None:
+        self.step = self.before = self.in_steps = 0.0
+        """Seconds of the last step, between the one before and it, and of all steps."""
+        self._started = self._mark = time.perf_counter()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.before, self._mark = self._lap()
+
+    def end(self) -> None:
+        """A step ends."""
+        self.step, self._mark = self._lap()
+        self.in_steps += self.step
+
+    def share_between(self) -> float:
+        """Return the share of the time since the beginning that was not in steps."""
+        return 1 - self.in_steps / (time.perf_counter() - self._started)
+
+    def _lap(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        return now - self._mark, now

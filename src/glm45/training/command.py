@@ -58,7 +58,8 @@ def _check(config: TrainConfig, processes: int, processes_here: int) -> None:
     """Raise ValueError, OSError or MemoryError for a run that cannot be in so many processes, so many of them here."""
     config.layout.resolve(processes)
     available, where = available_memory()
-    check_memory(config, available / (1 if torch.cuda.is_available() else processes_here), where)
+    on_cpu = not torch.cuda.is_available()
+    check_memory(config, available / (processes_here if on_cpu else 1), where, on_cpu)
     load_tokenizer(config)
 
 
@@ -87,7 +88,7 @@ def dry_run(run: Run) -> None:
             f"{stage.router_bias_rate}",
         )
     console.print(table)
-    expected = estimate(config, peak)
+    expected = estimate(config, peak, on_cpu=here and device.type == "cpu")
     size = sum(expected["bytes_per_rank"].values())
     parts = ", ".join(f"{name} {_short(value)}B" for name, value in expected["bytes_per_rank"].items() if value)
     where = "processes of this machine" if here else "H100s, at least"

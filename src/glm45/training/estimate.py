@@ -12,6 +12,9 @@ from glm45.training.schedule import Plan
 FP32, BF16 = 4, 2
 """Bytes of a number."""
 
+CPU_LIBRARIES = 0.3e9
+"""Bytes of a training process beyond its tensors, once torch has been imported."""
+
 ASSUMED_PEAK_SHARE = 0.35
 """Share of the product peak that training reaches, for estimates of time."""
 
@@ -30,12 +33,14 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 102
     return 2 * size**3 / best
 
 
-def memory_per_rank(config: TrainConfig) -> dict[str, float]:
+def memory_per_rank(config: TrainConfig, on_cpu: bool = False) -> dict[str, float]:
     """Return the bytes of weights, gradients, optimiser state and activations of the fullest rank, by estimate.
 
     Weights, gradients and Muon's momentum in fp32, AdamW's two moments for the embedding. Activations: about 34
     values of the hidden size a layer and token in bf16, or one with recomputation; plus one layer's whole weights in
-    bf16, gathered. Good to about a quarter.
+    bf16, gathered. Passing are Muon's update and the snapshot for update norms. On a CPU the copy that a checkpoint is
+    written from is in the same memory, and the libraries. Within a tenth on the demo and `nano_cpu` on a CPU
+    (docs/log.md); not measured on a GPU.
     """
     model, layout = config.model, config.layout
     counted = census(model)
@@ -49,21 +54,25 @@ def memory_per_rank(config: TrainConfig) -> dict[str, float]:
     layers, layer = model.num_hidden_layers, 34 * model.hidden_size * BF16
     kept = model.hidden_size * BF16 * 2 * layers + layer if config.activation_checkpointing else layer * layers
     gathered = BF16 * (dense + routed / layout.expert) / layers / layout.tensor
+    optimizer = (own + embedding) * FP32
     return {
         "weights": own * FP32,
         "gradients": own * FP32,
-        "optimizer": (own + embedding) * FP32,
+        "optimizer": optimizer,
         "activations": tokens * kept,
         "gathered layer": gathered if layout.shard * layout.context > 1 else 0.0,
+        "passing": 2 * own * FP32,
+        "checkpoint copy": own * FP32 + optimizer if on_cpu else 0.0,
+        "libraries": CPU_LIBRARIES if on_cpu else 0.0,
     }
 
 
-def check_memory(config: TrainConfig, available: float, where: str) -> None:
+def check_memory(config: TrainConfig, available: float, where: str, on_cpu: bool = False) -> None:
     """Raise MemoryError, with the numbers, if a rank needs more than `available` bytes."""
-    parts = memory_per_rank(config)
+    parts = memory_per_rank(config, on_cpu)
     needed = sum(parts.values())
     if needed > available:
-        detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        detail = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
         raise MemoryError(
             f"{config.name}: a rank needs about {needed / 1e9:.1f} GB ({detail}) and {where} has "
             f"{available / 1e9:.1f} GB: raise layout.shard, layout.expert, layout.tensor or layout.pipeline, or set "
@@ -71,7 +80,7 @@ def check_memory(config: TrainConfig, available: float, where: str) -> None:
         )
 
 
-def estimate(config: TrainConfig, peak_flops: float) -> dict[str, Any]:
+def estimate(config: TrainConfig, peak_flops: float, on_cpu: bool = False) -> dict[str, Any]:
     """Return steps, tokens, bytes and seconds of a run, for ranks of `peak_flops` each."""
     plan = Plan(config.stages)
     flops = sum(
@@ -86,6 +95,6 @@ def estimate(config: TrainConfig, peak_flops: float) -> dict[str, Any]:
         "tokens": plan.tokens,
         "flops": flops,
         "ranks": ranks,
-        "bytes_per_rank": memory_per_rank(config),
+        "bytes_per_rank": memory_per_rank(config, on_cpu),
         "seconds": flops / (peak_flops * ranks * ASSUMED_PEAK_SHARE),
     }

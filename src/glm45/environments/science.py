@@ -8,9 +8,19 @@ from string import ascii_uppercase
 from glm45.environments.protocol import Message, Reward, Task, assistant, final_answer, user
 from glm45.seeds import derive_seed
 
-# "B", "(b)", "B. because": a letter at the start, alone or with a mark behind it ("I do not know" is no choice).
-CHOICE = re.compile(r"\(?([A-Z])(?:[.):,]|$)", re.IGNORECASE)
-STATED = re.compile(r"\banswer(?:\s+is)?\s*:?\s*\(?([A-Z])\b", re.IGNORECASE)
+# A letter alone or with a mark behind it; without one only a capital, and none that is a word ("I", as "a" is).
+ALONE = r"\(?([A-Za-z])(?=[.):,;!]|\s*$)"
+LETTER = rf"(?:{ALONE}|\(?([A-HJ-Z])(?![\w'’-]))"
+CHOICES = (
+    re.compile(rf"\b(?i:answer)\b(?:[^.:;\n]{{0,40}}?\b(?i:is)\b\s*:?|\s*:)\s*(?i:option\s+)?{LETTER}"),
+    re.compile(rf"\b(?i:answer)\s+{ALONE}"),
+    re.compile(rf"\A{ALONE}"),  # "B", "(b)", "B. because"; "I do not know" is no choice
+    re.compile(rf"\b(?i:option|choice)\s+{LETTER}"),
+    re.compile(r"\b(?i:so|thus|hence|therefore),?\s+\(?([A-Z])\)?[.!]?\s*\Z"),
+)
+"""Ways to state a choice, the surest first."""
+MARKUP = re.compile(r"[*_`$}]|\\\w+\{")
+"""Emphasis and LaTeX's braces, such as `**B**` and `\\boxed{B}`."""
 
 
 def science_task(
@@ -40,11 +50,12 @@ def expert_verified_only(tasks: Iterable[Task]) -> Iterator[Task]:
 
 
 def chosen_letter(text: str) -> str | None:
-    """Return the letter that an answer chooses, or None if it names none, or starts with one that is a word."""
-    if stated := STATED.findall(text):
-        return stated[-1].upper()
-    match = CHOICE.match(text.strip())
-    return match.group(1).upper() if match else None
+    """Return the letter that an answer chooses, the last one where it states several, or None if it names none."""
+    plain = MARKUP.sub("", text).strip()
+    for choice in CHOICES:
+        if stated := list(choice.finditer(plain)):
+            return stated[-1][stated[-1].lastindex or 1].upper()
+    return None
 
 
 class ScienceVerifier:

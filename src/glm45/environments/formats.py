@@ -52,15 +52,17 @@ def repetition_rate(text: str, num_words: int = 4) -> float:
 def language_mixing_rate(text: str, allowed: str = "") -> float:
     """Return the share of letters outside the main script of `allowed` (usually the prompt), or of the text itself.
 
-    Greek is never counted, since formulas are full of it; kana and Han characters count as one script.
+    Greek counts where `allowed` is Greek and nowhere else, since formulas are full of it; kana and Han characters count
+    as one script.
     """
-    scripts = _scripts(text)
-    scripts.pop("GREEK", None)
+    scripts, reference = _scripts(text), _scripts(allowed)
+    main = max(reference, key=lambda script: reference[script], default="")
+    if main != "GREEK":
+        scripts.pop("GREEK", None)
     total = sum(scripts.values())
     if total == 0:
         return 0.0
-    reference = _scripts(allowed) or scripts
-    return 1.0 - scripts[max(reference, key=lambda script: reference[script])] / total
+    return 1.0 - scripts[main or max(scripts, key=lambda script: scripts[script])] / total
 
 
 def _scripts(text: str) -> Counter[str]:

@@ -1,7 +1,10 @@
 """The reasoning-gym adapter: any family, its own scorer, its own curriculum, short prompts."""
 
+import json
+
 import pytest
 
+from glm45.environments import reasoning_gym
 from glm45.environments.protocol import assistant
 from glm45.environments.reasoning_gym import (
     SHORT_PROMPTS,
@@ -53,3 +56,12 @@ def test_unknown_families_and_levels_are_refused():
         next(reasoning_gym_tasks("chain_sum", seed=1, count=1, options={"digits": 9}))
     with pytest.raises(ValueError, match="no short prompt"):
         next(reasoning_gym_tasks("maze", seed=1, count=1, short_prompt=True))
+
+
+def test_a_family_that_refuses_its_own_answer_is_an_error_and_no_zero(monkeypatch):
+    task = next(reasoning_gym_tasks("gcd", seed=1, count=1))
+    family = type(reasoning_gym._dataset(json.dumps(task.metadata["recipe"])))
+    monkeypatch.setattr(family, "score_answer", lambda self, answer, entry: 0.01)
+    reasoning_gym._prove_family.cache_clear()
+    with pytest.raises(ValueError, match=r"family 'gcd' gives its own answer .* 0.01: leave it out"):
+        ReasoningGymVerifier().score(task, assistant(task.answer))

@@ -74,6 +74,15 @@ def test_an_unreadable_reference_is_an_error_not_a_zero():
         ("D. because", "D"),
         ("Answer: A", "A"),
         ("Not A: the answer is B.", "B"),
+        ("The answer is a gas, so C.", "C"),
+        ("The answer I choose is B.", "B"),
+        ("The answer is **B**", "B"),
+        ("**B**", "B"),
+        ("Option B", "B"),
+        (r"Hence $\boxed{\text{D}}$", "D"),
+        ("the answer is c", "C"),
+        ("Answer: A? No, the answer is B, not option C", "B"),
+        ("The answer is I think not there", None),
         ("Because of gravity", None),
         ("", None),
         ("42", None),
@@ -143,6 +152,7 @@ def test_repetition_and_language_mixing_rates():
     assert language_mixing_rate("これは日本語の文です") == 0.0
     assert 0.2 < language_mixing_rate("the answer 答案 is 四十二 and so 所以") < 0.6
     assert language_mixing_rate("Ответ", allowed="What is it?") == 1.0
+    assert language_mixing_rate("Η CPU εκτελεί", allowed="Τι είναι η CPU;") == pytest.approx(3 / 11)
 
 
 def test_task_files_round_trip_and_refuse_bad_lines(tmp_path):

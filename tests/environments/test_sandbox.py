@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glm45.environments import sandbox
+from glm45.environments import code, sandbox
 from glm45.environments.code import CodeVerifier, function_task
 from glm45.environments.protocol import assistant
 from glm45.environments.sandbox import SandboxLimits, SandboxUnavailableError, run_python, why_unavailable
@@ -145,3 +145,19 @@ def test_without_bubblewrap_there_is_a_clear_refusal(monkeypatch):
         run_python("print(1)")
     result = run_python("print(1)", limits=SandboxLimits(allow_unsandboxed=True))
     assert (result.status, result.stdout) == ("ok", "1\n")
+
+
+def test_the_tests_of_an_answer_share_the_time(monkeypatch):
+    """Or an endless program with a few tests would outlast whoever waits for the verdict, and be no wrong answer."""
+    ran = []
+
+    def endless(program, stdin, limits):
+        ran.append(limits.wall_s)
+        status = "ok" if stdin == "quick" else "timeout"
+        return sandbox.SandboxResult(status, 0, "", "", 0.5 if stdin == "quick" else limits.wall_s)
+
+    monkeypatch.setattr(code, "run_python", endless)
+    task = code.program_task("t", "?", [("quick", ""), ("slow", "x"), ("slow", "y"), ("slow", "z")])
+    reward = CodeVerifier(LIMITS).score(task, assistant("while True: pass"))
+    assert ran == [1.5, 1.0]
+    assert reward.parts == {"correct": 0.0, "passed_share": 0.25, "ended_well": 0.0}

@@ -1,18 +1,22 @@
 """Reward processes: what breaks becomes a typed failure, is counted, and never costs the run or a zero reward."""
 
 import os
+import tempfile
 import textwrap
 
 import pytest
 
 from glm45.environments.catalogue import VERIFIERS, load_verifier
+from glm45.environments.code import program_task
 from glm45.environments.protocol import Failure, Reward, Task, assistant, prove, user
+from glm45.environments.sandbox import SandboxLimits, why_unavailable
 from glm45.environments.verify import RewardConfig, RewardWorkers
 
 HOSTILE_VERIFIER = textwrap.dedent(
     """
     import os, signal, sys, time
     from glm45.environments.protocol import Reward, Task, assistant, user
+    from glm45.environments.sandbox import SandboxLimits, run_python
 
     ANSWERS = 3  # the protocol's channel, duplicated from standard output
 
@@ -24,6 +28,7 @@ HOSTILE_VERIFIER = textwrap.dedent(
             if what == "memory": bytearray(1 << 40)
             if what == "crash": os.kill(os.getpid(), signal.SIGSEGV)
             if what == "raise": raise KeyError("gold")
+            if what == "program": run_python("import time; time.sleep(9)", limits=SandboxLimits(allow_unsandboxed=True))
             if what == "nan": return Reward(float("nan"))
             if what == "print": print("not for the protocol")
             if what == "half": os.write(ANSWERS, b"{"); time.sleep(1000)
@@ -48,7 +53,9 @@ def workers(tmp_path, monkeypatch):
     (tmp_path / "hostile_verifier.py").write_text(HOSTILE_VERIFIER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
-    with RewardWorkers(RewardConfig(num_workers=2, timeout_s=1.5, memory_mb=1024)) as workers:
+    with RewardWorkers(
+        RewardConfig(num_workers=2, timeout_s=1.5, memory_mb=1024, sandbox=SandboxLimits(wall_s=1))
+    ) as workers:
         yield workers
 
 
@@ -77,6 +84,38 @@ def test_failures_are_typed_counted_and_survived(workers):
         assert workers.score(task(), assistant("good")).value == 1.0
     assert workers.failures == {"timeout": 4, "memory": 1, "crash": 2, "error": 2}
     assert workers.score(task(), assistant("print")).value == 1.0
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_program_goes_with_the_process_that_ran_it(workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    workers.score(task(), assistant("good"))
+    assert workers.score(task(), assistant("program")).kind == "timeout"
+    assert list(tmp_path.glob("glm45-sandbox-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["endless", "fork bomb"])
+def test_a_hostile_program_earns_a_zero_and_no_failure(name, monkeypatch):
+    """Through the processes and limits of a run. The endless one is run without bubblewrap, which is allowed here."""
+    if name == "endless":
+        monkeypatch.setenv("PATH", "/nowhere")
+    elif reason := why_unavailable():
+        pytest.skip(reason)
+    program = {"endless": "while True: pass", "fork bomb": "import os\nwhile True: os.fork()"}[name]
+    question = program_task("t", "?", [("", "1"), ("", "2"), ("", "3")])
+    sandbox = SandboxLimits(wall_s=2.0, allow_unsandboxed=name == "endless")
+    with RewardWorkers(RewardConfig(timeout_s=10.0, sandbox=sandbox)) as workers:
+        workers.prove(["code"])
+        reward = workers.score(question, assistant(program))
+        assert reward == Reward(0.0, {"correct": 0.0, "passed_share": 0.0, "ended_well": 0.0})
+        assert not workers.failures
+
+
+def test_programs_must_end_before_their_verifier_is_given_up():
+    with pytest.raises(ValueError, match=r"sandbox.wall_s = 10.0 and timeout_s = 5.0: .* set wall_s below"):
+        RewardConfig(timeout_s=5.0)
 
 
 def test_a_verifier_that_fails_its_own_proof_gives_failures_not_zeros(workers):

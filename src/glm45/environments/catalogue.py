@@ -3,6 +3,7 @@
 import importlib
 
 from glm45.environments.protocol import Verifier, prove
+from glm45.environments.sandbox import SandboxLimits
 
 VERIFIERS = {
     "arithmetic": "glm45.environments.arithmetic:ArithmeticVerifier",
@@ -15,17 +16,19 @@ VERIFIERS = {
 }
 
 
-def load_verifier(name: str) -> Verifier:
+def load_verifier(name: str, sandbox: SandboxLimits | None = None) -> Verifier:
     """Return the verifier called `name`, or the one at `module:attribute`, after it has proved itself.
 
-    Raises ValueError if there is none of that name or if the proof fails.
+    `sandbox` limits the programs of `code`; None is the default limits. Raises ValueError if there is none of that name
+    or if the proof fails.
     """
     path = VERIFIERS.get(name, name)
     module_name, colon, attribute = path.partition(":")
     if not colon:
         raise ValueError(f"no verifier {name!r}: use one of {', '.join(VERIFIERS)}, or module:attribute for your own")
     try:
-        verifier: Verifier = getattr(importlib.import_module(module_name), attribute)()
+        make = getattr(importlib.import_module(module_name), attribute)
+        verifier: Verifier = make(sandbox) if name == "code" else make()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"verifier {name!r} cannot be loaded: {error}") from error
     prove(verifier, name)

@@ -7,10 +7,11 @@ program cannot pass by reading the tests, by leaving early or by lying about equ
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from glm45.environments.protocol import Message, Reward, Task, assistant, user
-from glm45.environments.sandbox import SandboxLimits, SandboxResult, run_python
+from glm45.environments.sandbox import SandboxLimits, run_python
 from glm45.environments.tools import same_value
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -93,11 +94,16 @@ class CodeVerifier:
         return passed, result.status == "ok"
 
     def _run_program(self, task: Task, program: str) -> tuple[list[bool], bool]:
-        passed, ended_well = [], True
+        """All tests share the time: an endless program is wrong before whoever waits for the verdict gives up."""
+        passed, ended_well, left_s = [], True, self._limits.wall_s
         for stdin, expected in zip(task.metadata["stdin"], task.answer, strict=True):
-            result: SandboxResult = run_python(program, stdin, self._limits)
+            if left_s <= 0:
+                passed.append(False)
+                continue
+            result = run_python(program, stdin, replace(self._limits, wall_s=left_s))
             passed.append(result.status == "ok" and _trimmed(result.stdout) == _trimmed(expected))
             ended_well = ended_well and result.status == "ok"
+            left_s -= result.wall_s
         return passed, ended_well
 
     def examples(self) -> Iterator[tuple[Task, Message, Message]]:

@@ -38,6 +38,8 @@ for name, value in limits.items():
 os.execv(sys.argv[3], sys.argv[3:])
 """
 
+PREFIX = "glm45-sandbox-"
+
 _next_user = itertools.count()
 
 
@@ -50,7 +52,7 @@ class SandboxLimits:
     """What a program may use. Not in the report."""
 
     wall_s: float = 10.0
-    """Seconds from start to end. Not in the report."""
+    """Seconds from start to end; of code tasks, for all the tests of one answer. Not in the report."""
     cpu_s: int = 10
     """CPU seconds of each process. Not in the report."""
     memory_mb: int = 512
@@ -106,7 +108,7 @@ def run_python(
         raise SandboxUnavailableError(
             f"untrusted code was not run: {reason}; set allow_unsandboxed only if every program is trusted"
         )
-    with tempfile.TemporaryDirectory(prefix="glm45-sandbox-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # the program runs as another user
         for file_name, text in {**(files or {}), "program.py": program}.items():
@@ -116,6 +118,12 @@ def run_python(
         else:
             command = [*_bubblewrap(folder, limits), *_inside(limits), "/work/program.py"]
         return _run_limited(command, stdin, limits, folder)
+
+
+def remove_folders_of(pid: int) -> None:
+    """Remove the folders of programs that a process ran when it was killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}{pid}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bubblewrap(folder: Path, limits: SandboxLimits) -> list[str]:

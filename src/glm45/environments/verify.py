@@ -22,8 +22,9 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from glm45.config import configuration
+from glm45.config import configuration, to_dict
 from glm45.environments.protocol import Failure, Message, Outcome, Reward, Task
+from glm45.environments.sandbox import SandboxLimits, remove_folders_of
 
 
 @configuration
@@ -33,15 +34,22 @@ class RewardConfig:
     num_workers: int = 1
     """Answers judged at the same time. Not in the report."""
     timeout_s: float = 20.0
-    """Wall-clock seconds for one answer, above the limits that a sandbox has of its own. Not in the report."""
+    """Wall-clock seconds for one answer, more than `sandbox.wall_s`. Not in the report."""
     startup_timeout_s: float = 60.0
     """Added for the first answer of a process, which imports and proves the verifier. Not in the report."""
     memory_mb: int = 4096
     """Address space of one process in MiB. Not in the report."""
+    sandbox: SandboxLimits = SandboxLimits()
+    """Limits of the programs that `code` runs. Not in the report."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.timeout_s <= 0 or self.memory_mb < 256:
             raise ValueError(f"{self}: need num_workers >= 1, timeout_s > 0 and memory_mb >= 256")
+        if self.sandbox.wall_s >= self.timeout_s:
+            raise ValueError(
+                f"sandbox.wall_s = {self.sandbox.wall_s} and timeout_s = {self.timeout_s}: endless programs would be "
+                "failures of the verifier instead of wrong answers; set wall_s below timeout_s"
+            )
 
 
 class RewardWorkers:
@@ -156,6 +164,7 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        remove_folders_of(process.pid)
         for stream in (process.stdin, process.stdout):
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):  # an unsent request in the buffer
@@ -173,7 +182,7 @@ class _Worker:
                 return None
             if self._process is None or self._process.poll() is not None:
                 self.kill()
-                command = [sys.executable, "-m", "glm45.environments.worker", str(self._config.memory_mb << 20)]
+                command = [sys.executable, "-m", "glm45.environments.worker", json.dumps(to_dict(self._config))]
                 # One thread: BLAS workers would reserve address space and compete with the rollout.
                 environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
                 self._process = subprocess.Popen(

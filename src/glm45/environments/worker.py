@@ -11,17 +11,19 @@ import resource
 import sys
 from typing import Any, TextIO
 
+from glm45.config import from_dict
 from glm45.environments.catalogue import load_verifier
 from glm45.environments.protocol import Failure, Outcome, Reward, Task, Verifier
-from glm45.environments.sandbox import SandboxUnavailableError
+from glm45.environments.sandbox import SandboxLimits, SandboxUnavailableError
+from glm45.environments.verify import RewardConfig
 
 
-def score_one(verifiers: dict[str, Verifier], request: dict[str, Any]) -> Outcome:
+def score_one(verifiers: dict[str, Verifier], request: dict[str, Any], sandbox: SandboxLimits) -> Outcome:
     """Judge one request, or only load its verifier (`prove`); whatever a verifier raises becomes a typed failure."""
     try:
         name = request.get("prove") or request["task"]["verifier"]
         if name not in verifiers:
-            verifiers[name] = load_verifier(name)
+            verifiers[name] = load_verifier(name, sandbox)
         reward = (
             Reward(1.0) if "prove" in request else verifiers[name].score(Task(**request["task"]), request["response"])
         )
@@ -36,11 +38,11 @@ def score_one(verifiers: dict[str, Verifier], request: dict[str, Any]) -> Outcom
     return reward
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
+def serve(requests: TextIO, answers: TextIO, sandbox: SandboxLimits) -> None:
     """Answer requests until the other side closes."""
     verifiers: dict[str, Verifier] = {}
     for line in requests:
-        outcome = score_one(verifiers, json.loads(line))
+        outcome = score_one(verifiers, json.loads(line), sandbox)
         kind = "reward" if isinstance(outcome, Reward) else "failure"
         answers.write(json.dumps({kind: dataclasses.asdict(outcome)}) + "\n")
         answers.flush()
@@ -48,11 +50,12 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 def main() -> None:
     """Limit the memory, keep the protocol's channel away from whatever prints, and serve."""
-    memory_bytes = int(sys.argv[1])
+    config = from_dict(RewardConfig, json.loads(sys.argv[1]))
+    memory_bytes = config.memory_mb << 20
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a verifier that prints must not write into the protocol
-    serve(sys.stdin, answers)
+    serve(sys.stdin, answers, config.sandbox)
 
 
 if __name__ == "__main__":

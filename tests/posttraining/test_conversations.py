@@ -66,6 +66,7 @@ def test_packed_rows_hold_whole_conversations_and_their_masks(tokenizer):
     folder, counts = sft_data([*conversations, conversation(10**90, True)], tokenizer, max_tokens=64)
     assert counts["too_long"] == 1
     assert counts["conversations"] == 60
+    assert counts["thinking"] == 30
     loader = Loader(folder, {"sft.all": 1.0}, 64, packing="best_fit")
     expected = {tuple(encode(each, tokenizer)[0]): encode(each, tokenizer)[1] for each in conversations}
     batch, seen = loader.batch(0, 8), 0

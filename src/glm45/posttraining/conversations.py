@@ -118,8 +118,9 @@ def sft_data(
     Conversations longer than `max_tokens` are left out, since a cut answer teaches to stop early, and counted as
     `too_long`. Raises ValueError if nothing is left.
     """
-    encoded = [encode(conversation, tokenizer) for conversation in conversations]
-    fitting = [pair for pair in encoded if len(pair[0]) <= max_tokens]
+    encoded = [(*encode(conversation, tokenizer), conversation.thinking) for conversation in conversations]
+    kept = [each for each in encoded if len(each[0]) <= max_tokens]
+    fitting = [(ids, mask) for ids, mask, _ in kept]
     sets = {
         "sft.all": [pair for index, pair in enumerate(fitting) if index % held_out_every],
         "sft.heldout": fitting[::held_out_every],
@@ -134,6 +135,6 @@ def sft_data(
         "too_long": len(encoded) - len(fitting),
         "tokens": sum(len(ids) for ids, _ in fitting),
         "learnt_tokens": sum(sum(mask) for _, mask in fitting),
-        "thinking": sum(conversation.thinking for conversation in conversations),
+        "thinking": sum(thinking for _, _, thinking in kept),
     }
     return DataFolder(documents), counts

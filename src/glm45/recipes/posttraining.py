@@ -134,7 +134,8 @@ def curriculum(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> l
 def length(seed: int = 0, steps: int = 60, conversations: int = 40_000) -> list[Step]:
     """One stage at the full cap against growing caps at the report's fractions of the run (figure 6)."""
     switches = [round(steps * fraction) for fraction in (0, 320 / 2160, 1200 / 2160, 1600 / 2160)]
-    growing = LengthSchedule(caps=tuple(zip(switches, (16, 32, 48, 64), strict=True)))
+    caps = dict(zip(switches, (16, 32, 48, 64), strict=True))  # of switches that fall on one step, the last
+    growing = LengthSchedule(caps=tuple(caps.items()))
     runs = {"single-stage": _rl(steps=steps), "multi-stage": _rl(steps=steps, lengths=growing)}
     return _comparison(seed, PROBLEMS, conversations, runs)
 

@@ -34,6 +34,16 @@ def test_a_healthy_run_rings_nothing():
     [
         ("reward hacking", {"held_out_full_cap": lambda step: 0.4 - 0.001 * step}),
         ("reward hacking", {"held_out_full_cap": lambda step: 0.4}),
+        ("reward hacking", {"held_out_full_cap": lambda step: 0.4 + (0.06 * step if step < 7 else 0.1)}),
+        (
+            "long-context regression",
+            {  # the length goes only after it has paid
+                "cap": lambda step: 64.0 if step < 8 else 16.0,
+                "held_out_length": lambda step: 20.0 + 2 * step if step < 8 else 12.0,
+                "held_out_full_cap": lambda step: 0.4 + 0.04 * step if step < 8 else 0.5,
+                "reward": lambda step: 0.5,
+            },
+        ),
         (
             "long-context regression",
             {
@@ -71,3 +81,14 @@ def test_a_run_that_began_under_a_short_cap_is_watched_too():
         reward=lambda step: 0.5,
     )
     assert any("long-context regression" in sentence for sentence in alarms(planted, CONFIG))
+
+
+def test_a_fall_from_the_best_within_the_error_is_chance():
+    planted = {"held_out_full_cap": lambda step: 0.5 if step == 8 else 0.4 + 0.005 * step}
+    assert "reward hacking" in alarms(run(**planted), CONFIG)[0]
+    assert alarms(run(**planted, held_out_full_cap_error=lambda step: 0.03), CONFIG) == []
+
+
+def test_a_log_with_a_number_that_was_not_finite_is_read():
+    rows = run(entropy=lambda step: None if step in (1, 10) else 0.5)
+    assert alarms(rows, CONFIG) == []

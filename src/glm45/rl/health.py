@@ -4,6 +4,7 @@ The signatures come from the report (reward hacking, section 3.4; lost length, s
 every threshold is ours.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from glm45.config import configuration
@@ -22,8 +23,10 @@ class HealthConfig:
     report."""
     held_out_gain: float = 0.0
     """Held-out accuracy that has not risen by more than this stands still. Not in the report."""
+    held_out_errors: float = 2.0
+    """Standard errors by which held-out accuracy must lie below its best so far to have fallen. Not in the report."""
     length_share: float = 0.7
-    """Mean held-out length below this share of the first counts as collapsed. Not in the report."""
+    """Mean held-out length below this share of the best evaluation's counts as collapsed. Not in the report."""
     entropy_share: float = 0.2
     """Entropy below this share of the first window's counts as collapsed. Not in the report."""
     repetition_rate: float = 0.2
@@ -34,13 +37,16 @@ class HealthConfig:
     """Largest mean difference, in nats, between rollout and training log-probabilities. Not in the report."""
     failure_share: float = 0.05
     """Largest share of answers that could not be judged. Not in the report."""
+    skipped_updates: float = 0.0
+    """Updates of a step left out because their gradient was not finite. Not in the report."""
 
 
 def alarms(rows: Sequence[Row], config: HealthConfig) -> list[str]:
     """Return what looks wrong after the last of `rows`, one sentence each; nothing before there are two windows.
 
     Rows hold `cap`, `reward`, `entropy`, `mismatch` and the rates of each step, where it had any, and where an
-    evaluation was made `held_out_full_cap` and `held_out_length`, accuracy and mean length under the full cap.
+    evaluation was made `held_out_full_cap` (with its error) and `held_out_length`, accuracy and mean length under the
+    full cap.
     """
     found = [_over(rows, name, getattr(config, name)) for name in LIMITS]
     if len(rows) >= 2 * config.window:
@@ -53,6 +59,7 @@ LIMITS = {
     "language_mixing_rate": "responses mix languages",
     "mismatch": "rollout and training disagree about log-probabilities",
     "failure_share": "answers cannot be judged",
+    "skipped_updates": "gradients are not finite",
 }
 
 
@@ -62,14 +69,31 @@ def _over(rows: Sequence[Row], name: str, limit: float) -> str:
 
 
 def _reward_hacking(rows: Sequence[Row], config: HealthConfig) -> str:
-    held_out = [row["held_out_full_cap"] for row in rows if "held_out_full_cap" in row]
+    """Reward that rose in the run while held-out accuracy did not, or that held while it fell from its best."""
+    held_out = [place for place, row in enumerate(rows) if "held_out_full_cap" in row]
     if len(held_out) < 2:
         return ""
+    first, last = rows[held_out[0]], rows[held_out[-1]]
     gain = _mean(rows[-config.window :], "reward") - _mean(rows[: config.window], "reward")
-    held_out_gain = held_out[-1] - held_out[0]
-    if gain < config.reward_gain or held_out_gain > config.held_out_gain:
+    held_out_gain = last["held_out_full_cap"] - first["held_out_full_cap"]
+    if gain < config.reward_gain:
         return ""
-    return f"reward hacking? reward rose by {gain:.3f} while held-out accuracy moved by {held_out_gain:+.3f}"
+    if held_out_gain <= config.held_out_gain:
+        return f"reward hacking? reward rose by {gain:.3f} while held-out accuracy moved by {held_out_gain:+.3f}"
+    best = max(held_out, key=lambda place: rows[place]["held_out_full_cap"])
+    since = _mean(rows[-config.window :], "reward") - _mean(rows[max(0, best + 1 - config.window) : best + 1], "reward")
+    if since < 0 or not _fell(rows[best], last, config):
+        return ""
+    return (
+        f"reward hacking? held-out accuracy fell from {rows[best]['held_out_full_cap']:.3f} to "
+        f"{last['held_out_full_cap']:.3f} while reward moved by {since:+.3f}"
+    )
+
+
+def _fell(best: Row, last: Row, config: HealthConfig) -> bool:
+    """Whether full-cap accuracy fell from its best by more than chance makes the best of several look good."""
+    error = math.hypot(*(row.get("held_out_full_cap_error", 0.0) for row in (best, last)))
+    return best["held_out_full_cap"] - last["held_out_full_cap"] > config.held_out_errors * error
 
 
 def _length_regression(rows: Sequence[Row], config: HealthConfig) -> str:
@@ -77,13 +101,13 @@ def _length_regression(rows: Sequence[Row], config: HealthConfig) -> str:
     held_out = [row for row in rows if "held_out_full_cap" in row]
     if len({row["cap"] for row in rows if "cap" in row}) < 2 or len(held_out) < 2:
         return ""
-    first, last = held_out[0], held_out[-1]
-    before, after = first["held_out_length"], last["held_out_length"]
-    if after >= config.length_share * before or last["held_out_full_cap"] >= first["held_out_full_cap"]:
+    best, last = max(held_out, key=lambda row: row["held_out_full_cap"]), held_out[-1]
+    before, after = best["held_out_length"], last["held_out_length"]
+    if after >= config.length_share * before or not _fell(best, last, config):
         return ""
     return (
         f"long-context regression? responses under the full cap fell from {before:.1f} to {after:.1f} tokens in a run "
-        f"whose cap changed, and accuracy from {first['held_out_full_cap']:.3f} to {last['held_out_full_cap']:.3f}"
+        f"whose cap changed, and accuracy from {best['held_out_full_cap']:.3f} to {last['held_out_full_cap']:.3f}"
     )
 
 
@@ -95,5 +119,6 @@ def _entropy_collapse(rows: Sequence[Row], config: HealthConfig) -> str:
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
-    values = [row[name] for row in rows if name in row]
+    # What is not finite becomes null in the log of record.
+    values = [row[name] for row in rows if row.get(name) is not None and math.isfinite(row[name])]
     return sum(values) / max(len(values), 1)

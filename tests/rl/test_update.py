@@ -9,6 +9,7 @@ import torch
 from glm45.rl.advantages import group_advantages
 from glm45.rl.batch import policy_rows
 from glm45.rl.config import LossConfig
+from glm45.rl.health import HealthConfig, alarms
 from glm45.rl.update import PolicyTrainer
 from glm45.training.optimizers import set_learning_rate
 
@@ -78,7 +79,11 @@ def test_two_ranks_add_up_to_one(make_model, world, groups, gradients):
     for rank in range(2):
         trainer = PolicyTrainer(make_model(), config, world)
         trainer.world = SimpleNamespace(data_rank=rank, num_data_ranks=2)
-        object.__setattr__(trainer, "_apply", lambda sums, largest: {**sums, "max_mismatch": 0.0, "grad_norm": 0.0})
+        object.__setattr__(
+            trainer,
+            "_apply",
+            lambda sums, largest: {**sums, **dict.fromkeys(("max_mismatch", "grad_norm", "skipped_updates"), 0.0)},
+        )
         trainer.update(groups, 16)
         parts.append(gradients(trainer.model))
     for name, gradient in whole.items():
@@ -168,3 +173,16 @@ def test_an_empty_or_flat_batch_changes_nothing(make_model, world, groups):
         sample.reward = 1.0
     assert trainer.update(groups[:1], 16) == {"learnt_tokens": 0.0}
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(make_model, world, groups):
+    trainer = PolicyTrainer(make_model(), LossConfig(num_minibatches=2), world)
+    before = copy.deepcopy(trainer.model.state_dict())
+    for sample in groups[0]:
+        sample.rollout_logprobs[-1] = float("nan")
+    record = trainer.update(groups, 16)
+    assert record["skipped_updates"] == 1.0
+    assert all(torch.isfinite(each).all() for each in trainer.model.state_dict().values())
+    assert any(not torch.equal(each, before[name]) for name, each in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert any("not finite" in alarm for alarm in alarms([record], HealthConfig()))

@@ -5,6 +5,7 @@ training forward, at the temperature of the rollout; the engine's serve the mism
 router's bias and the balance loss stay out of it: the model is in evaluation mode throughout.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,11 +98,11 @@ class PolicyTrainer:
         return self._apply(sums, largest)
 
     def _apply(self, sums: Sums, largest: float) -> Sums:
-        """Reduce the gradient, step, and return the sums over all ranks."""
+        """Reduce the gradient, step unless it is not finite, and return the sums over all ranks."""
         names = [*SUMS, "loss", "mtp_loss", "entropy"]
         reduced = self.world.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64))
         record = dict(zip(names, reduced.tolist(), strict=True))
-        record |= {"max_mismatch": self.world.largest(largest), "grad_norm": 0.0}
+        record |= {"max_mismatch": self.world.largest(largest), "grad_norm": 0.0, "skipped_updates": 0.0}
         if record["tokens"] == 0:
             return record
         for parameter in self.model.parameters():
@@ -109,13 +110,13 @@ class PolicyTrainer:
                 parameter.grad = torch.zeros_like(parameter)
         reduce_gradients(self.model, self.world)
         norm = sum(gradient_squares(self.model, self.world).values()) ** 0.5
-        clip_gradients(self.model, norm, self.config.clip_norm)
-        set_learning_rate(self.optimizers, self.config.lr, self.optimizer_config)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        if math.isfinite(norm):
+            clip_gradients(self.model, norm, self.config.clip_norm)
+            set_learning_rate(self.optimizers, self.config.lr, self.optimizer_config)
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.model.zero_grad(set_to_none=True)
-        record["grad_norm"] = norm
-        return record
+        return record | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 
     def _forward(self, row: PolicyRow, expert_ids: list[torch.Tensor] | None = None) -> Forward:
         device = self.model.device
@@ -159,4 +160,5 @@ def _averages(records: Sequence[Sums]) -> dict[str, float]:
         **averages,
         "max_mismatch": max(record["max_mismatch"] for record in records),
         "grad_norm": records[-1]["grad_norm"],
+        "skipped_updates": sum(record["skipped_updates"] for record in records),
     }

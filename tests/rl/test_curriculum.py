@@ -96,3 +96,13 @@ def test_the_temperature_changes_on_a_plateau_only():
     again.load_state_dict(state)
     assert again.value == 1.2
     assert not TemperatureController(TemperatureConfig()).due(0.0)
+
+
+def test_a_step_that_generated_nothing_is_no_step_of_reward_zero():
+    curriculum = Curriculum([CurriculumStage(plateau_window=2, plateau_gain=0.01), CurriculumStage(pool="hard")])
+    controller = TemperatureController(TemperatureConfig(candidates=(0.8,), plateau_window=2, plateau_gain=0.01))
+    for step, reward in enumerate((0.5, 0.6, None, 0.7, None, 0.8), start=1):
+        assert not curriculum.advance(step, reward)
+        assert not controller.due(reward)
+    assert controller.due(0.1)
+    assert curriculum.advance(7, 0.1)

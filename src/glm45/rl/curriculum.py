@@ -119,9 +119,13 @@ class Curriculum:
         """The stage in force."""
         return self.stages[self.index]
 
-    def advance(self, step: int, mean_reward: float) -> bool:
-        """Take note of a finished step (counted from 1) and say whether the next one begins another stage."""
-        self._plateau.add(mean_reward)
+    def advance(self, step: int, mean_reward: float | None) -> bool:
+        """Take note of a finished step (counted from 1) and say whether the next one begins another stage.
+
+        The reward is None where nothing was generated: groups left over from the step before sufficed.
+        """
+        if mean_reward is not None:
+            self._plateau.add(mean_reward)
         stage = self.stage
         ended = stage.until_step is not None and step >= stage.until_step
         ended = ended or (stage.plateau_window > 0 and self._plateau.reached())

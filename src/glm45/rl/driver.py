@@ -143,7 +143,8 @@ def _timing(record: dict[str, Any], started: float, generated: float, trained: f
 
 
 def _line(record: dict[str, Any], seconds: float) -> str:
-    shown = f"step {record['step']}: reward {record.get('reward', 0.0):.3f}, {record['groups']} groups, "
+    reward = f"{record['reward']:.3f}" if "reward" in record else "not measured"
+    shown = f"step {record['step']}: reward {reward}, {record['groups']} groups, "
     shown += (
         f"length {record.get('response_length', 0.0):.1f}, entropy {record.get('entropy', 0.0):.3f}, {seconds:.1f} s"
     )

@@ -48,9 +48,12 @@ class TemperatureController:
         """The temperatures to measure when a choice is due: the configured ones and the one in force."""
         return sorted({*self.config.candidates, self.value})
 
-    def due(self, mean_reward: float) -> bool:
-        """Take note of a finished step and say whether the reward has settled, so that a choice is due."""
-        if not self.config.candidates:
+    def due(self, mean_reward: float | None) -> bool:
+        """Take note of a finished step and say whether the reward has settled, so that a choice is due.
+
+        The reward is None where nothing was generated.
+        """
+        if not self.config.candidates or mean_reward is None:
             return False
         self._plateau.add(mean_reward)
         return self._plateau.reached()

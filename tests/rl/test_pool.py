@@ -94,3 +94,16 @@ def test_a_restored_pool_goes_on_as_if_nothing_had_happened():
 def test_a_pool_needs_distinct_tasks():
     with pytest.raises(ValueError, match="ids of their own"):
         Pool([*TASKS, TASKS[0]], 5)
+
+
+def test_the_next_stage_has_other_prompts_and_goes_on_counting():
+    pool = Pool(TASKS[:5], 5)
+    pool.land(make_group(*pool.begin()))
+    pool.drop(pool.begin()[0], "uninformative")
+    pool.enter_stage(TASKS[5:], 6)
+    assert pool.num_landed == 0
+    begun = [pool.begin() for _ in range(5)]
+    assert [group_id for group_id, _ in begun] == [2, 3, 4, 5, 6]
+    fresh = Pool(TASKS[5:], 6)
+    assert [task for _, task in begun] == [fresh.begin()[1] for _ in range(5)]
+    assert pool.counts == {"begun": 7, "landed": 1, "dropped_uninformative": 1, "dropped_stage": 1}

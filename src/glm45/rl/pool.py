@@ -17,26 +17,37 @@ Group = list[Sample]
 
 
 class Pool:
-    """Prompts of one stage and the groups that were made from them."""
+    """Prompts of the stage in force and the groups that were made from them."""
 
     def __init__(self, tasks: Sequence[Task], seed: int, max_staleness: int = 0):
         """Hold `tasks`; `max_staleness` is how many updates a group may lie between sampling and learning.
 
         Raises ValueError if there are no tasks, or two of one id.
         """
-        self._tasks = {task.task_id: task for task in tasks}
-        if not tasks or len(self._tasks) < len(tasks):
-            raise ValueError(f"a pool needs tasks with ids of their own: {len(tasks)} given, {len(self._tasks)} ids")
-        self._seed = seed
         self.max_staleness = max_staleness
         self._num_begun = 0
-        self._num_drawn = 0
-        self._order: tuple[int, list[str]] = (-1, [])
-        self._waiting: list[str] = []
         self._in_flight: dict[int, str] = {}
         self._landed: list[Group] = []
         self.counts: Counter[str] = Counter()
         """Groups by fate: `begun`, `landed`, `taken`, `given_back`, `stale`, and `dropped_*` by reason."""
+        self._draw_from(tasks, seed)
+
+    def enter_stage(self, tasks: Sequence[Task], seed: int) -> None:
+        """Go on with other prompts. Landed groups of the old ones are dropped and counted; ids and counts go on."""
+        assert not self._in_flight, "a stage ends between two steps"
+        if self._landed:
+            self.counts["dropped_stage"] += len(self._landed)
+        self._landed = []
+        self._draw_from(tasks, seed)
+
+    def _draw_from(self, tasks: Sequence[Task], seed: int) -> None:
+        self._tasks = {task.task_id: task for task in tasks}
+        if not tasks or len(self._tasks) < len(tasks):
+            raise ValueError(f"a pool needs tasks with ids of their own: {len(tasks)} given, {len(self._tasks)} ids")
+        self._seed = seed
+        self._num_drawn = 0
+        self._order: tuple[int, list[str]] = (-1, [])
+        self._waiting: list[str] = []
 
     @property
     def num_landed(self) -> int:

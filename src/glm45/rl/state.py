@@ -44,14 +44,14 @@ class RLState:
         self.trainer = PolicyTrainer(model, config.loss, self.world)
         self.curriculum = Curriculum(config.stages)
         self.temperature = TemperatureController(config.temperature)
-        self.pool = self.new_pool()
+        self.pool = Pool(*self._prompts(), config.rollout.max_staleness)
         self.step = 0
         self.metrics_length = 0
         self.rows: list[dict[str, Any]] = []
         """The log of record so far, for the alarms."""
 
-    def new_pool(self) -> Pool:
-        """Return a pool of the prompts of the stage in force. Raises ValueError if the stage has none."""
+    def _prompts(self) -> tuple[Sequence[Task], int]:
+        """Return the prompts of the stage in force and the seed of their order. Raises ValueError if it has none."""
         name = self.curriculum.stage.pool
         tasks: Sequence[Task] = self.train_tasks
         if name != "all":
@@ -59,15 +59,14 @@ class RLState:
             tasks = [task for task in tasks if task.task_id in members]
             if not tasks:
                 raise ValueError(f"{self.config.pools}: no training task is in the {name} pool")
-        seed = derive_seed(self.config.seed, "pool", self.curriculum.index)
-        return Pool(tasks, seed, self.config.rollout.max_staleness)
+        return tasks, derive_seed(self.config.seed, "pool", self.curriculum.index)
 
     def advance(self, record: dict[str, Any]) -> None:
         """Take note of a finished step and enter the next stage where it is due."""
         self.step += 1
         self.rows.append(record)
-        if self.curriculum.advance(self.step, record.get("reward", 0.0)):
-            self.pool = self.new_pool()
+        if self.curriculum.advance(self.step, record.get("reward")):
+            self.pool.enter_stage(*self._prompts())
 
     def save(self, checkpoints: Checkpoints, metrics_length: int) -> None:
         """Start writing a checkpoint."""
@@ -89,7 +88,7 @@ class RLState:
         self.step, self.metrics_length = step, state["metrics_length"]
         self.curriculum.load_state_dict(state["curriculum"])
         self.temperature.load_state_dict(state["temperature"])
-        self.pool = self.new_pool()
+        self.pool = Pool(*self._prompts(), self.config.rollout.max_staleness)
         self.pool.load_state_dict(state["pool"])
         return problems
 

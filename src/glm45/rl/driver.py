@@ -26,6 +26,7 @@ from glm45.rl.rollout import Rollout, Sampling
 from glm45.rl.state import RLState, open_run
 from glm45.seeds import derive_seed
 from glm45.training.checkpoint import Checkpoints, Retention
+from glm45.training.run import exclusive
 from glm45.training.metrics import Metrics, read_record
 
 Say = Callable[[str], None]
@@ -34,33 +35,34 @@ Say = Callable[[str], None]
 def run_rl(config: RLConfig, folder: str | Path, say: Say = print) -> Path:
     """Train a policy from where the run stands to its end; return the folder of the trained policy.
 
-    Raises ValueError or OSError for what a user can mend.
+    Raises ValueError or OSError for what a user can mend; another process at work in the folder is an OSError.
     """
     folder = Path(folder)
-    open_run(folder, config)
-    state = RLState(config)
-    checkpoints = Checkpoints(folder / "checkpoints", Retention(every=config.checkpoint_every, keep_best=False))
-    for problem in state.load(checkpoints):
-        say(f"passed over: {problem}")
-    metrics = Metrics(folder, state.metrics_length, state.step, config=config, log_every=1, tracker=config.tracker)
-    state.rows = read_record(folder)
-    engine_config = EngineConfig(seed=derive_seed(config.seed, "engine"))
-    try:
-        with (
-            RewardWorkers(config.rewards) as rewards,
-            Engine(state.trainer.model, state.tokenizer, engine_config) as engine,
-        ):
-            rewards.prove(task.verifier for task in [*state.train_tasks, *state.held_out_tasks])
-            client = InProcessClient(engine)
-            rollout = Rollout(client, state.tokenizer, rewards, config.rollout)
-            asyncio.run(_run(state, client, rollout, checkpoints, metrics, folder, say))
-        checkpoints.wait()
-        hub.save(state.trainer.model, folder / "policy")
-        state.tokenizer.save(folder / "policy")
-    finally:
-        metrics.close()
-        checkpoints.close()
-    return folder / "policy"
+    with exclusive(folder):
+        open_run(folder, config)
+        state = RLState(config)
+        checkpoints = Checkpoints(folder / "checkpoints", Retention(every=config.checkpoint_every, keep_best=False))
+        for problem in state.load(checkpoints):
+            say(f"passed over: {problem}")
+        metrics = Metrics(folder, state.metrics_length, state.step, config=config, log_every=1, tracker=config.tracker)
+        state.rows = read_record(folder)
+        engine_config = EngineConfig(seed=derive_seed(config.seed, "engine"))
+        try:
+            with (
+                RewardWorkers(config.rewards) as rewards,
+                Engine(state.trainer.model, state.tokenizer, engine_config) as engine,
+            ):
+                rewards.prove(task.verifier for task in [*state.train_tasks, *state.held_out_tasks])
+                client = InProcessClient(engine)
+                rollout = Rollout(client, state.tokenizer, rewards, config.rollout, config.loss)
+                asyncio.run(_run(state, client, rollout, checkpoints, metrics, folder, say))
+            checkpoints.wait()
+            hub.save(state.trainer.model, folder / "policy")
+            state.tokenizer.save(folder / "policy")
+        finally:
+            metrics.close()
+            checkpoints.close()
+        return folder / "policy"
 
 
 async def _run(

@@ -20,7 +20,12 @@ from glm45.rl.curriculum import PoolThresholds
 from glm45.rl.metrics import is_correct
 from glm45.rl.pool import Group
 from glm45.rl.rollout import Rollout, Sampling, open_rollout
+from glm45.rl.state import fingerprint
 from glm45.seeds import derive_seed
+from glm45.training.run import write_atomically
+
+GENERATED = ("arithmetic", "reasoning_gym", "tools", "instructions")
+"""Verifiers whose tasks come from generators, which know the answers."""
 
 
 @configuration
@@ -79,7 +84,7 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
         "pools": pools,
         "measurements": [done[task.task_id] for task in tasks],
     }
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
     partial.unlink()
     return result
 
@@ -122,12 +127,14 @@ def _counts(group: Group) -> dict[str, Any]:
 
 def _read_partial(path: Path, config: PoolsConfig) -> dict[str, dict[str, Any]]:
     """Return the prompts measured so far; the first line says with which configuration."""
-    header = json.dumps({"config": to_dict(config)})
+    files = {name: fingerprint(getattr(config, name)) for name in ("policy", "tasks")}  # which may have moved
+    header = json.dumps({"config": {**to_dict(config), **files}})
     if not path.exists():
-        path.write_text(header + "\n")
+        write_atomically(path, header + "\n")
         return {}
     first, *lines = path.read_bytes().split(b"\n")[:-1]
     if first.decode() != header:
         raise ValueError(f"{path} was begun with another configuration: remove it to begin anew")
-    path.write_bytes(b"".join(line + b"\n" for line in [first, *lines]))  # without a line cut short by a kill
+    # Without a line cut short by a kill.
+    write_atomically(path, b"".join(line + b"\n" for line in [first, *lines]).decode())
     return {row["task_id"]: row for row in map(json.loads, lines)}

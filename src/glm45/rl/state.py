@@ -1,5 +1,6 @@
 """Everything that an RL run carries from one step to the next, and how it is saved."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from glm45.config import read_json, to_dict
+from glm45.config import from_dict, read_json, to_dict
 from glm45.environments.protocol import Task
 from glm45.environments.science import expert_verified_only
 from glm45.environments.tasks import prompt_text, read_tasks
@@ -24,9 +25,13 @@ from glm45.text.tokenizer import Tokenizer
 from glm45.training.checkpoint import Checkpoints, training_tensors
 from glm45.training.layout import Layout
 from glm45.training.parallel import World
+from glm45.training.run import write_atomically
 
 MAY_CHANGE = ("steps", "tracker")
 """What a run that goes on may have set differently: the past does not depend on it."""
+
+INPUTS = ("policy", "tasks", "held_out", "pools")
+"""Fields that name files. A run that goes on may name them otherwise, since folders move, but not others."""
 
 
 class RLState:
@@ -124,14 +129,33 @@ def read_task_files(config: RLConfig) -> tuple[list[Task], list[Task]]:
 def open_run(folder: Path, config: RLConfig) -> None:
     """Make the run folder and save the configuration, or check that it is the same run's.
 
-    Raises ValueError if the folder holds a run of another configuration; `steps` and `tracker` may change.
+    Raises ValueError if the folder holds a run of another configuration or of files with other contents (kept in
+    `inputs.json`); `steps`, `tracker` and the names of files may change.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.json"
-    values = to_dict(config)
+    path, inputs = folder / "config.json", folder / "inputs.json"
+    values, contents = to_dict(config), {name: fingerprint(getattr(config, name)) for name in INPUTS}
     if path.exists():
-        before = json.loads(path.read_text())
-        different = sorted(key for key in values if before.get(key) != values[key] and key not in MAY_CHANGE)
+        before = to_dict(from_dict(RLConfig, read_json(path)))  # with the defaults of fields that are newer than it
+        different = {key for key in values if before[key] != values[key]} - {*MAY_CHANGE, *INPUTS}
+        if inputs.exists():
+            held = read_json(inputs)
+            different |= {name for name in INPUTS if held[name] != contents[name]}
         if different:
-            raise ValueError(f"{folder} holds a run with other values of {', '.join(different)}: use another folder")
-    path.write_text(json.dumps(values, indent=1) + "\n")
+            named = ", ".join(sorted(different))
+            raise ValueError(f"{folder} holds a run with other values of {named}: use another folder")
+    write_atomically(inputs, json.dumps(contents, indent=1) + "\n")
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def fingerprint(path: str) -> str:
+    """Return a hash of a file's contents, or of those of a folder's files with their names; empty for no path."""
+    if not path:
+        return ""
+    folder = Path(path)
+    names = sorted(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else [""]
+    found = hashlib.sha256()
+    for name in names:
+        with (folder / name).open("rb") as source:
+            found.update(f"{name} {hashlib.file_digest(source, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()

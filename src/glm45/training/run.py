@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -136,22 +136,12 @@ class Run:
         if path.exists() and path.read_text() != text:
             number = len(list(self.folder.glob("config.*.json")))
             os.replace(path, self.folder / f"config.{number}.json")
-        _write_atomically(path, text)
-        _write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1))
+        write_atomically(path, text)
+        write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1))
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keep other processes out of the folder, until this one ends in whatever way.
-
-        Raises OSError if another one is at work in it.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f"another process is training in {self.folder}: wait until it ends, or stop it") from None
-            yield
+    def exclusive(self) -> AbstractContextManager[None]:
+        """See `exclusive`."""
+        return exclusive(self.folder)
 
     @property
     def checkpoints(self) -> Path:
@@ -201,7 +191,23 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _write_atomically(path: Path, text: str) -> None:
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, until this one ends in whatever way.
+
+    Raises OSError if another one is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another process is training in {folder}: wait until it ends, or stop it") from None
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file such that a kill leaves the old one or the new one."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from glm45.environments.protocol import Reward, Task, assistant, user
+from glm45.environments.protocol import Failure, Reward, Task, assistant, user
 from glm45.posttraining.comparison import arms_table, compare_arms, retention, retention_table
 from glm45.rl.sample import Sample
 
@@ -78,3 +78,14 @@ def test_retention_and_its_error_are_of_paired_prompts():
     nothing = retention(answers((0, 2)), same[:1])
     assert nothing.kept is None
     assert "nothing to keep" in retention_table({"tool": nothing})
+
+
+def test_an_answer_that_could_not_be_judged_says_nothing_about_retention():
+    expert, unified = answers((2, 2), (1, 2), (2, 2)), answers((1, 2), (1, 2), (2, 2))
+    for sample in (unified[0][1], *unified[2]):
+        sample.reward = None
+        sample.judge(Failure("timeout", "slow"))
+    found = retention(expert, unified)
+    assert (found.expert, found.unified, found.num_prompts) == (0.75, pytest.approx(2 / 3), 2)
+    with pytest.raises(ValueError, match="no prompt has an answer of both"):
+        retention(expert[2:], unified[2:])

@@ -7,6 +7,7 @@ import pytest
 from glm45.corpus.arithmetic import Problem
 from glm45.environments.arithmetic import arithmetic_task
 from glm45.environments.protocol import Failure, Reward, assistant, user
+from glm45.rl.metrics import is_correct
 from glm45.rl.sample import Sample
 
 
@@ -52,3 +53,11 @@ def test_json_round_trip(sample):
     again = Sample.from_dict(json.loads(json.dumps(sample.to_dict())))
     assert again == sample
     assert again.reward == 0.5
+
+
+def test_a_right_answer_stays_right_under_penalties(sample):
+    sample.append_generated([1], [-1.0], assistant("3"), 0, truncated=False)
+    sample.judge(Reward(1.0, {"num_words": 1.0}))
+    sample.add_penalty("format", -0.5)
+    assert sample.reward == 0.5
+    assert is_correct(sample)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm45.rl.metrics import accuracy
+from glm45.rl.metrics import accuracy, judged_groups
 from glm45.rl.pool import Group
 from glm45.training.metrics import read_record
 
@@ -87,9 +87,15 @@ class Retention:
 
 
 def retention(expert: Sequence[Group], unified: Sequence[Group]) -> Retention:
-    """Compare two models' groups of the same prompts."""
-    pairs = [(accuracy([one]), accuracy([other])) for one, other in zip(expert, unified, strict=True)]
-    before, after = accuracy(expert), accuracy(unified)
+    """Compare two models' groups of the same prompts, those of which both have an answer that could be judged.
+
+    Raises ValueError if there are none.
+    """
+    both = [pair for pair in zip(expert, unified, strict=True) if len(judged_groups(pair)) == 2]
+    if not both:
+        raise ValueError("no prompt has an answer of both models that could be judged: look into their verifier")
+    pairs = [(accuracy([one]), accuracy([other])) for one, other in both]
+    before, after = (accuracy(groups) for groups in zip(*both, strict=True))
     if not before:
         return Retention(before, after, None, None, len(pairs), len(expert[0]))
     kept = after / before

@@ -9,7 +9,7 @@ Killed at any moment, the same command goes on from the newest checkpoint and wr
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from glm45.model import hub
 from glm45.rl.config import RLConfig
 from glm45.rl.evaluation import HeldOut
 from glm45.rl.health import alarms
-from glm45.rl.metrics import rollout_metrics
-from glm45.rl.pool import Group
+from glm45.rl.metrics import require_judgement, rollout_metrics
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.rl.state import RLState, open_run
 from glm45.seeds import derive_seed
 from glm45.training.checkpoint import Checkpoints, Retention
-from glm45.training.run import exclusive
 from glm45.training.metrics import Metrics, read_record
+from glm45.training.run import exclusive
 
 Say = Callable[[str], None]
 
@@ -92,6 +91,7 @@ async def _run(
         record: dict[str, Any] = {"step": state.step + 1, "stage": state.curriculum.index, "cap": cap}
         record |= {"temperature": sampling.temperature, "groups": len(groups)}
         record |= rollout_metrics(made, weight_version=state.step)
+        record |= {f"pool/{fate}": count for fate, count in sorted(state.pool.counts.items())}
         generated = time.perf_counter()
 
         record |= state.trainer.update(groups, max_tokens=cap)
@@ -102,7 +102,7 @@ async def _run(
             record |= await held_out.evaluate(config.lengths.full, cap)
             _write_examples(folder, state.step + 1, held_out)
         state.advance(record)
-        await _choose_temperature(state, held_out, record, cap)
+        await _choose_temperature(state, held_out, record)
         record["alarms"] = alarms(state.rows, config.health)
         metrics.step(record, _timing(record, started, generated, trained))
         say(_line(record, time.perf_counter() - started))
@@ -110,20 +110,14 @@ async def _run(
             state.save(checkpoints, metrics.length)
 
 
-def require_judgement(made: Sequence[Group]) -> None:
-    """Raise ValueError if no answer of a step could be judged: nothing can be learnt until the cause is mended."""
-    failures = [sample.metadata["failure"] for group in made for sample in group if sample.status == "failed"]
-    if failures and len(failures) == sum(map(len, made)):
-        raise ValueError(
-            f"none of {len(failures)} answers could be judged; the first: {failures[0]['kind']}, "
-            f"{failures[0]['detail']}; mend the cause and run the same command to go on"
-        )
+async def _choose_temperature(state: RLState, held_out: HeldOut, record: dict[str, Any]) -> None:
+    """On a plateau of the reward, take the highest temperature that costs at most a share of the best accuracy.
 
-
-async def _choose_temperature(state: RLState, held_out: HeldOut, record: dict[str, Any], cap: int) -> None:
-    """On a plateau of the reward, take the highest temperature that costs at most a share of the best accuracy."""
-    if state.temperature.due(record.get("reward", 0.0)):
-        tried = {value: await held_out.at_temperature(value, cap) for value in state.temperature.candidates}
+    Accuracy is under the full cap, as in every evaluation.
+    """
+    if state.temperature.due(record.get("reward")):
+        full = state.config.lengths.full
+        tried = {value: await held_out.at_temperature(value, full) for value in state.temperature.candidates}
         state.temperature.choose({value: accuracy for value, (accuracy, _) in tried.items()})
         record["temperature_choice"] = {str(value): accuracy for value, (accuracy, _) in tried.items()}
         record["temperature_choice_tokens"] = sum(tokens for _, tokens in tried.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 from glm45.environments.protocol import Task
 from glm45.rl.config import RLEvaluationConfig
-from glm45.rl.metrics import accuracy, accuracy_error
+from glm45.rl.metrics import accuracy, accuracy_error, judged_groups
 from glm45.rl.pool import Group
 from glm45.rl.rollout import Rollout, Sampling
 from glm45.seeds import derive_seed
@@ -26,7 +26,8 @@ class HeldOut:
     async def evaluate(self, full_cap: int, cap: int) -> dict[str, float]:
         """Return `held_out_greedy` and `held_out_full_cap` (sampled at temperature 1) under the full cap, each with
         its standard error, and `held_out`, sampled under the current cap; also length, reward parts, greedy accuracy
-        by domain and sampled accuracy by a property of the tasks.
+        by domain and sampled accuracy by a property of the tasks. What could not be judged is left out of all
+        accuracies and counted in `held_out_failure_share`. Raises ValueError if nothing could be.
         """
         greedy = await self._groups(1, full_cap, 0.0)
         sampled = await self._groups(self._config.num_samples, full_cap, 1.0)
@@ -43,14 +44,15 @@ class HeldOut:
             "held_out_full_cap_error": accuracy_error(sampled),
             "held_out": accuracy(current),
             "held_out_length": sum(sample.num_generated for sample in samples) / len(samples),
+            "held_out_failure_share": _failure_share([*greedy, *sampled]),
         }
         for name in sorted({part for sample in samples for part in sample.reward_parts}):
             values = [sample.reward_parts[name] for sample in samples if name in sample.reward_parts]
             record[f"held_out_part/{name}"] = sum(values) / len(values)
-        for domain, groups in _split(greedy, lambda task: task.verifier).items():
+        for domain, groups in _split(judged_groups(greedy), lambda task: task.verifier).items():
             record[f"held_out_greedy/{domain}"] = accuracy(groups)
         if by := self._config.by:
-            for value, groups in _split(sampled, lambda task: f"{by} {task.metadata.get(by)}").items():
+            for value, groups in _split(judged_groups(sampled), lambda task: f"{by} {task.metadata.get(by)}").items():
                 record[f"held_out_by/{value}"] = accuracy(groups)
                 record[f"held_out_by/{value}_error"] = accuracy_error(groups)
         return record
@@ -63,6 +65,11 @@ class HeldOut:
     async def _groups(self, num_samples: int, cap: int, temperature: float) -> list[Group]:
         sampling = Sampling(num_samples, cap, temperature, self._seed)
         return await self._rollout.make_groups(list(enumerate(self._tasks)), sampling)
+
+
+def _failure_share(groups: Sequence[Group]) -> float:
+    unjudged = [sample.reward is None for group in groups for sample in group]
+    return sum(unjudged) / len(unjudged)
 
 
 def _split(groups: Sequence[Group], by: Callable[[Task], str]) -> dict[str, list[Group]]:

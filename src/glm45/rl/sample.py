@@ -71,7 +71,8 @@ class Sample:
             self.status = "failed"
             self.metadata["failure"] = {"kind": outcome.kind, "detail": outcome.detail}
         else:
-            self.reward, self.reward_parts = outcome.value, dict(outcome.parts)
+            # Penalties come later: whether the answer was right is the verifier's word alone.
+            self.reward, self.reward_parts = outcome.value, {"correct": float(outcome.value == 1.0), **outcome.parts}
 
     def add_penalty(self, part: str, value: float) -> None:
         """Add a negative part to a judged sample's reward."""

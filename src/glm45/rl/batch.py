@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from glm45.data.packing import best_fit
-from glm45.rl.advantages import group_advantages
+from glm45.rl.advantages import group_advantages, informative
 from glm45.rl.config import LossConfig
 from glm45.rl.losses import token_weights
 from glm45.rl.sample import Sample
@@ -42,6 +42,17 @@ def learnable(samples: Sequence[Sample], config: LossConfig) -> tuple[list[Sampl
     return kept, rewards
 
 
+def teaches(group: Sequence[Sample], config: LossConfig) -> bool:
+    """Whether judged samples of one prompt can move the policy: their rewards differ after `learnable`, unmasked."""
+    kept, rewards = learnable(group, config)
+    differs_N = informative(torch.tensor(rewards), torch.zeros(len(kept)))
+    return any(differs and not _masked(sample, config) for sample, differs in zip(kept, differs_N, strict=True))
+
+
+def _masked(sample: Sample, config: LossConfig) -> bool:
+    return config.truncated == "mask" and sample.status == "truncated"
+
+
 def policy_rows(samples: Sequence[Sample], config: LossConfig, max_tokens: int) -> list[PolicyRow]:
     """Pack the samples of a whole batch, all groups and all ranks, with advantages and global weights.
 
@@ -53,7 +64,7 @@ def policy_rows(samples: Sequence[Sample], config: LossConfig, max_tokens: int) 
         return []
     group_ids_S = torch.tensor([sample.group_id for sample in kept])
     advantages_S = group_advantages(torch.tensor(rewards), group_ids_S, config.divide_by_std)
-    masked = [config.truncated == "mask" and sample.status == "truncated" for sample in kept]
+    masked = [_masked(sample, config) for sample in kept]
     lengths_S = torch.tensor([0 if hidden else each.num_generated for each, hidden in zip(kept, masked, strict=True)])
     domains = [sample.task.verifier for sample in kept]
     aggregation: dict[str, str] = dict(config.aggregation)

@@ -21,8 +21,8 @@ from glm45.environments.tasks import prompt_text
 from glm45.environments.tokens import prompt_ids, read_answer
 from glm45.environments.verify import RewardConfig, RewardWorkers
 from glm45.model import hub
-from glm45.rl.advantages import informative
-from glm45.rl.config import PenaltyConfig, RolloutConfig
+from glm45.rl.batch import teaches
+from glm45.rl.config import LossConfig, PenaltyConfig, RolloutConfig
 from glm45.rl.pool import Group, Pool
 from glm45.rl.sample import Sample
 from glm45.seeds import derive_seed
@@ -44,8 +44,17 @@ class Sampling:
 class Rollout:
     """Makes groups with one engine client and one set of reward processes."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, rewards: RewardWorkers, config: RolloutConfig):
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        rewards: RewardWorkers,
+        config: RolloutConfig,
+        loss: LossConfig | None = None,
+    ):
+        """`loss` says what becomes of truncated samples, and so which groups are worth landing."""
         self.client, self.tokenizer, self.rewards, self.config = client, tokenizer, rewards, config
+        self.loss = loss or LossConfig()
 
     async def fill(self, pool: Pool, wanted: int, sampling: Sampling) -> list[Group]:
         """Make groups until `wanted` informative ones have landed in `pool`, or the rounds are used up.
@@ -119,11 +128,10 @@ class Rollout:
             pool.give_back(group_id)
             return
         judged = [sample for sample in group if sample.reward is not None]
-        pool.counts["failed_samples"] += len(group) - len(judged)
-        rewards = torch.tensor([sample.reward for sample in judged])
+        pool.counts["failed_samples"] += sum(sample.status == "failed" for sample in group)
         if len(judged) < 2:
             pool.drop(group_id, "failed")
-        elif self.config.drop_uninformative and not informative(rewards, torch.zeros(len(judged))).any():
+        elif self.config.drop_uninformative and not teaches(judged, self.loss):
             pool.drop(group_id, "uninformative")
         else:
             pool.land(judged)

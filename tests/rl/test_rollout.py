@@ -1,6 +1,7 @@
 """Rollouts with a planted engine: groups, refills, failures, penalties, overlap, staleness."""
 
 import asyncio
+import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,13 +10,15 @@ import pytest
 from glm45.engine.request import Completion
 from glm45.environments.arithmetic import ArithmeticVerifier, arithmetic_tasks
 from glm45.environments.protocol import Failure
-from glm45.rl.config import PenaltyConfig, RolloutConfig
+from glm45.rl.batch import teaches
+from glm45.rl.config import LossConfig, PenaltyConfig, RLEvaluationConfig, RolloutConfig
 from glm45.rl.curriculum import PoolThresholds
+from glm45.rl.evaluation import HeldOut
 from glm45.rl.health import HealthConfig, alarms
 from glm45.rl.metrics import accuracy, rollout_metrics
 from glm45.rl.pool import Pool
 from glm45.rl.pools import PoolsConfig, measure
-from glm45.rl.rollout import Rollout, Sampling
+from glm45.rl.rollout import Rollout, Sampling, penalise
 from glm45.rl.sample import Sample
 
 SAMPLING = Sampling(num_samples=4, max_tokens=8, temperature=1.0, seed=1)
@@ -147,7 +150,7 @@ def test_what_could_not_be_judged_counts_as_a_failure_and_as_nothing_else(groups
     for name in ("reward", "informative_share", "pass_at_1"):
         assert with_failures[name] == judged[name], name
     nothing = rollout_metrics([[group[-1]] for group in groups], 0)
-    assert nothing == {"failure_share": 1.0, "num_samples": len(groups)}
+    assert nothing == {"failure_share": 1.0, "num_samples": len(groups), "failure/crash": len(groups)}
     assert alarms([nothing], HealthConfig()) == ["answers cannot be judged: failure_share 1, limit 0.05"]
 
 
@@ -265,3 +268,74 @@ def test_pools_sample_shallowly_then_deeply_and_count_what_could_not_be_judged(r
     assert [row["num_correct"] for row in rows] == [16, 8, 1, 0, 0]
     assert rows[4]["failures"] == ["error"] * 16
     assert [params.n for params in maker.client.params] == [16] * 5 + [48] * 2
+
+
+def test_the_aborted_part_of_a_group_is_no_failure(rollout):
+    pool, maker = Pool(TASKS, seed=1), rollout(lambda prompt, index: right_answer(prompt) if index else "7")
+    group_id, task = pool.begin()
+    group = asyncio.run(maker.make_group(group_id, task, SAMPLING))
+    group[3].reward, group[3].status = None, "aborted"
+    maker._admit(pool, group_id, group)
+    assert pool.counts["landed"] == 1
+    assert pool.counts["failed_samples"] == 0
+
+
+@pytest.mark.parametrize(("policy", "teaching"), [("keep", True), ("zero", False), ("drop", False), ("mask", True)])
+def test_a_group_that_truncation_makes_flat_takes_no_place(rollout, policy, teaching):
+    """Only the truncated answer is right: what it teaches depends on what becomes of truncated ones."""
+    maker = rollout(lambda prompt, index: right_answer(prompt) if index else "7")
+    maker.loss = LossConfig(truncated=policy)
+    group = asyncio.run(maker.make_group(0, TASKS[0], SAMPLING))
+    for sample in group:
+        sample.reward = float(sample.index == 0)
+    group[0].status = "truncated"
+    assert teaches(group, maker.loss) is teaching
+    for sample in group:
+        sample.status = "truncated"
+    assert teaches(group, maker.loss) is (policy == "keep")
+
+
+def test_every_penalty_of_form_is_a_part_and_takes_nothing_from_being_right(rollout):
+    penalties = PenaltyConfig(format=0.25, repetition=0.5)
+    maker = rollout(lambda prompt, index: right_answer(prompt), RolloutConfig(penalties=penalties))
+    group = asyncio.run(maker.make_group(0, TASKS[0], SAMPLING))
+    direct, repeating = group[0], group[1]
+    direct.response["reasoning_content"] = ""
+    repeating.response["reasoning_content"] = "so it goes on and " * 20
+    for sample in (direct, repeating):
+        penalise(sample, penalties)
+    assert (direct.reward, direct.reward_parts["format_penalty"]) == (0.75, -0.25)
+    assert (repeating.reward, repeating.reward_parts["repetition_penalty"]) == (0.5, -0.5)
+    record = rollout_metrics([group], weight_version=3)
+    assert record["faulty_share"] == 0.25
+    assert record["staleness"] == 3.0
+    assert record["reward/arithmetic"] == record["reward"] == pytest.approx((0.75 + 0.5 + 2) / 4)
+    assert record["part/correct"] == record["pass_at_1"] == 1.0
+    assert record["part/format_penalty"] == -0.25
+
+
+def test_held_out_answers_that_cannot_be_judged_are_counted_and_not_wrong(rollout):
+    broken = question("\n" + TASKS[0].messages[0]["content"])
+    maker = rollout(lambda prompt, index: "break" if question(prompt) == broken else right_answer(prompt))
+    held_out = HeldOut(maker, TASKS[:4], RLEvaluationConfig(num_tasks=4, num_samples=3, by="left"), seed=1)
+    record = asyncio.run(held_out.evaluate(8, 8))
+    assert record["held_out_greedy"] == record["held_out_full_cap"] == record["held_out_greedy/arithmetic"] == 1.0
+    assert record["held_out_failure_share"] == 0.25
+    assert record["held_out_full_cap_error"] == 0.0
+    assert sum(name.startswith("held_out_by/") and not name.endswith("_error") for name in record) == 3
+    nothing = HeldOut(rollout(lambda prompt, index: "break"), TASKS[:4], RLEvaluationConfig(), seed=1)
+    with pytest.raises(ValueError, match="none of 4 answers could be judged"):
+        asyncio.run(nothing.evaluate(8, 8))
+
+
+def test_a_prompt_is_hard_only_if_somebody_vouches_for_its_answer(rollout):
+    said = [{}, {"verified_answer": True}, {"expert_verified": True}, {"expert_verified": False}]
+    tasks = [
+        dataclasses.replace(task, verifier="mine:Mine", metadata={**task.metadata, **more})
+        for task, more in zip(TASKS, said, strict=False)
+    ]
+    maker = rollout(lambda prompt, index: right_answer(prompt) if index == 20 else "7")
+    config = PoolsConfig(thresholds=PoolThresholds(hard_k=64))
+    rows = asyncio.run(measure(maker, list(enumerate([*tasks, TASKS[4]])), config))
+    assert [row["pool"] for row in rows] == ["unverified", "hard", "hard", "unverified", "hard"]
+    assert rows[0]["num_samples"] == 16

@@ -35,8 +35,9 @@ class PoolsConfig:
     policy: str = ""
     """Hub folder of the checkpoint."""
     tasks: str = ""
-    """JSONL file of tasks. Tasks whose metadata says `"verified_answer": false` are left out and counted: the report
-    takes hard prompts with verified answers only."""
+    """JSONL file of tasks. The report takes hard prompts with verified answers only: tasks whose metadata says
+    `"verified_answer": false` are left out and counted, those that say nothing are never hard (`has_verified_answer`).
+    """
     thresholds: PoolThresholds = PoolThresholds()
     """What makes a prompt moderate or hard."""
     max_tokens: int = 64
@@ -71,13 +72,13 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
             with partial.open("a", encoding="utf-8") as sink:
                 sink.writelines(json.dumps(row) + "\n" for row in rows)
             say(f"{len(done)} of {len(tasks)} prompts")
-    pools: dict[str, list[str]] = {name: [] for name in ("easy", "moderate", "hard", "unsolved")}
+    pools: dict[str, list[str]] = {name: [] for name in ("easy", "moderate", "hard", "unsolved", "unverified")}
     for task in tasks:
         pools[done[task.task_id]["pool"]].append(task.task_id)
     result = {
         "config": to_dict(config),
         "counts": {name: len(members) for name, members in pools.items()},
-        "unverified": len(every_task) - len(tasks),
+        "left_out": len(every_task) - len(tasks),
         "samples": sum(row["num_samples"] for row in done.values()),
         "generated_tokens": sum(row["generated_tokens"] for row in done.values()),
         "failures": dict(sum((Counter(row["failures"]) for row in done.values()), Counter())),
@@ -87,6 +88,15 @@ def measure_pools(config: PoolsConfig, out: str | Path, say: Callable[[str], Non
     write_atomically(out, json.dumps(result, indent=1) + "\n")
     partial.unlink()
     return result
+
+
+def has_verified_answer(task: Task) -> bool:
+    """Whether a prompt that is never answered rightly may be hard, and not just have a wrong reference.
+
+    Its metadata says so, or an expert did, or a generator made the answer.
+    """
+    said = task.metadata.get("verified_answer", task.metadata.get("expert_verified"))
+    return said is True or (said is None and task.verifier in GENERATED)
 
 
 async def measure(rollout: Rollout, prompts: Sequence[tuple[int, Task]], config: PoolsConfig) -> list[dict[str, Any]]:
@@ -104,6 +114,8 @@ async def measure(rollout: Rollout, prompts: Sequence[tuple[int, Task]], config:
         # Samples that could not be judged are no samples; fewer than k of them say nothing about pass@k.
         judged = len(group) - len(row["failures"])
         pool = thresholds.classify(row["num_correct"], num_samples=judged) if judged >= thresholds.k else "unsolved"
+        if pool == "deeper" and not has_verified_answer(group[0].task):
+            pool = "unverified"
         rows.append({"task_id": group[0].task.task_id, "pool": pool, **row})
     deeper = [place for place, row in enumerate(rows) if row["pool"] == "deeper"]
     extra = thresholds.hard_k - thresholds.num_samples

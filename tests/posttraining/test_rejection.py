@@ -1,10 +1,15 @@
 """Rejection sampling, prompt selection and response scaling on planted samples."""
 
+import asyncio
+
 import pytest
 
 from glm45.environments.protocol import Failure, Reward, Task, assistant, user
+from glm45.posttraining.experts import TrajectoryConfig
 from glm45.posttraining.rejection import RejectionConfig, reject
 from glm45.posttraining.selection import drop_shorter_prompts, scale_responses
+from glm45.posttraining.steps import collect_answers
+from glm45.rl.rollout import Sampling
 from glm45.rl.sample import Sample
 
 
@@ -76,3 +81,33 @@ def test_hard_prompts_keep_four_different_responses_and_others_one():
     ]
     kept = scale_responses(samples, hard={"hard"})
     assert kept == [*samples[:4], samples[8]]
+
+
+def test_hard_prompts_are_sampled_further_and_part_of_a_reward_is_not_right():
+    """Two of four would make a prompt easy; one has them, one has a near miss beside one right answer."""
+    rewards = {"easy": (1.0, 1.0, 0.0, 0.0), "hard": (1.0, 0.01, 0.0, -0.5)}
+    asked = []
+
+    class Planted:
+        async def make_groups(self, prompts, sampling):
+            asked.append(([task.task_id for _, task in prompts], sampling.num_samples, sampling.seed))
+            first = len(asked) == 1
+            return [
+                [
+                    make_sample(
+                        task.task_id, reward=rewards[task.task_id][i] if first else 1.0, first=100 * len(asked) + i
+                    )
+                    for i in range(sampling.num_samples)
+                ]
+                for _, task in prompts
+            ]
+
+    prompts = [make_sample(name).task for name in rewards]
+    sampling, collect = Sampling(4, 8, 1.0, seed=1), TrajectoryConfig(hard_samples=6)
+    groups, hard = asyncio.run(collect_answers(Planted(), prompts, sampling, collect))
+    assert hard == {"hard"}
+    assert [each[:2] for each in asked] == [(["easy", "hard"], 4), (["hard"], 6)]
+    assert asked[0][2] != asked[1][2]
+    report = reject([sample for group in groups for sample in group], collect.rejection)
+    kept = scale_responses(report.kept, hard, collect.hard_responses)
+    assert [sample.task.task_id for sample in kept] == ["easy", *["hard"] * 4]

@@ -52,6 +52,8 @@ class TrajectoryConfig:
     """Prompts with a smaller share of right answers are hard. Not in the report."""
     hard_responses: int = 4
     """Responses kept for a hard prompt, one for others (report section 3.1)."""
+    hard_samples: int = 12
+    """Further answers of each hard prompt: of the first few, too few are right. Not in the report."""
     rejection: RejectionConfig = RejectionConfig()
     """Filters."""
 

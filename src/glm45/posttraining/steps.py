@@ -32,13 +32,14 @@ from glm45.posttraining.conversations import (
 )
 from glm45.posttraining.experts import TrajectoryConfig
 from glm45.posttraining.rejection import reject
-from glm45.posttraining.selection import drop_shorter_prompts, group_by_prompt, scale_responses
+from glm45.posttraining.selection import drop_shorter_prompts, scale_responses
 from glm45.posttraining.sft import SFTConfig, fine_tune
 from glm45.rl.config import RLConfig
 from glm45.rl.driver import run_rl
+from glm45.rl.metrics import is_correct
 from glm45.rl.pool import Group
 from glm45.rl.pools import PoolsConfig, measure_pools
-from glm45.rl.rollout import Sampling, open_rollout
+from glm45.rl.rollout import Rollout, Sampling, open_rollout
 from glm45.seeds import derive_seed
 from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
@@ -160,13 +161,9 @@ def expert_trajectories(context: Context) -> None:
     ]
     rl = from_dict(RLConfig, config["rl"])
     sampling = Sampling(collect.num_samples, rl.lengths.full, 1.0, derive_seed(config["seed"], "trajectories"))
-    groups = sample_groups(source / "model", prompts, sampling, rl)
+    with open_rollout(source / "model", prompts, rl.rewards, rl.rollout) as rollout:
+        groups, hard = asyncio.run(collect_answers(rollout, prompts, sampling, collect))
     report = reject([sample for group in groups for sample in group], collect.rejection)
-    right = {
-        task_id: sum(map(bool, (sample.reward for sample in group))) / collect.num_samples
-        for task_id, group in group_by_prompt([sample for group in groups for sample in group]).items()
-    }
-    hard = {task_id for task_id, share in right.items() if share < collect.hard_below}
     selected = drop_shorter_prompts(report.kept, collect.drop_shorter)
     kept = scale_responses(selected, hard, collect.hard_responses)
     conversations = [answered(sample.task, sample.response, source=source.name) for sample in kept]
@@ -179,6 +176,21 @@ def expert_trajectories(context: Context) -> None:
         "conversations": len(conversations),
     }
     _write_json(context.folder / "rejection.json", counts)
+
+
+async def collect_answers(
+    rollout: Rollout, prompts: list[Task], sampling: Sampling, collect: TrajectoryConfig
+) -> tuple[list[Group], set[str]]:
+    """Sample every prompt, and the hard ones further; return all groups and the ids of the hard prompts."""
+    numbered = list(enumerate(prompts))
+    groups = await rollout.make_groups(numbered, sampling)
+    hard = {group[0].task.task_id for group in groups if sum(map(is_correct, group)) < collect.hard_below * len(group)}
+    if collect.hard_samples and hard:
+        seed = derive_seed(sampling.seed, "hard")
+        deeper = dataclasses.replace(sampling, num_samples=collect.hard_samples, seed=seed)
+        again = [(number, task) for number, task in numbered if task.task_id in hard]
+        groups += await rollout.make_groups(again, deeper)
+    return groups, hard
 
 
 def overall_sft(context: Context) -> None:

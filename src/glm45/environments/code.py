@@ -22,7 +22,7 @@ DRIVER = """
 import importlib, json, os, sys
 results = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-sys.path.insert(0, "/work" if os.path.isdir("/work") else os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 with open(os.path.join(sys.path[0], "cases.json")) as source:
     cases = json.load(source)
 function = getattr(importlib.import_module("solution"), cases["function"])

@@ -7,8 +7,9 @@ import pytest
 
 from glm45.data.splits import is_held_out
 from glm45.environments.arithmetic import arithmetic_tasks
+from glm45.environments.tasks import read_tasks
 from glm45.environments.tools import read_calls
-from glm45.pipeline import Pipeline
+from glm45.pipeline import Context, Pipeline
 from glm45.posttraining.coldstart import ColdStartConfig, cold_start
 from glm45.posttraining.steps import equal_parts
 from glm45.recipes.posttraining import RECIPES, posttraining_steps
@@ -69,6 +70,49 @@ def test_unknown_recipes_and_overrides_are_refused():
         posttraining_steps("expert", [])
     with pytest.raises(ValueError, match="takes seed=, steps="):
         posttraining_steps("length", ["lr=3"])
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+def test_caps_grow_in_the_shortest_runs_too(steps):
+    (arm,) = (step for step in posttraining_steps("length", [f"steps={steps}"]) if step.name == "multi-stage")
+    caps = arm.config["rl"]["lengths"]["caps"]
+    assert caps[0][0] == 0
+    assert caps[-1][1] == 64
+
+
+def plant_pools(context):
+    """What `steps.pools` writes, by decree: so small a policy finds every prompt unsolvable."""
+    ids = [task.task_id for task in read_tasks(context.inputs["tasks"] / "arithmetic.train.jsonl")]
+    found = {"pools": {"moderate": ids[::2], "hard": ids[1::2]}, "samples": 5, "generated_tokens": 50}
+    (context.folder / "pools.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_experiment_runs_and_prints_its_comparison(name, tmp_path):
+    """With a policy that has learnt next to nothing; the steps are run here, one after another."""
+    for step in posttraining_steps(name, ["steps=2", "conversations=200"]):
+        config = json.loads(json.dumps(dict(step.config)))
+        if step.name == "tasks":
+            config["num_tasks"] = 200
+        if "rl" in config:
+            config["rl"]["evaluation"] |= {"num_tasks": 4, "num_samples": 2}
+            for stage in config["rl"]["stages"]:
+                stage |= {"prompts_per_step": 2, "samples_per_prompt": 4}
+        module, function = step.function.split(":")
+        run = plant_pools if function == "pools" else getattr(importlib.import_module(module), function)
+        (tmp_path / step.name).mkdir()
+        inputs = {need: tmp_path / need for need in step.needs}
+        run(Context(folder=tmp_path / step.name, config=config, inputs=inputs, run=tmp_path))
+    rows = json.loads((tmp_path / "arms" / "arms.json").read_text())
+    table = (tmp_path / "arms" / "arms.md").read_text()
+    assert all(f"| {arm} " in table for arm in rows)
+    assert all(row["updates"] == 2 and row["after"]["greedy"]["error"] is not None for row in rows.values())
+    if name == "curriculum":
+        assert all(row["of these for choosing"] == 50 for row in rows.values())
+        by = [name for name in rows["hard-only"]["after"] if name.startswith("sampled, num_digits")]
+        assert by
+        assert not any(name.endswith("_error") for name in by)
 
 
 @pytest.mark.proof

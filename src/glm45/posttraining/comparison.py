@@ -120,7 +120,8 @@ def retention_table(rows: Mapping[str, Retention]) -> str:
 def _scores(line: Row) -> dict[str, Row]:
     """Return the held-out scores of a line of the log of record, with their errors where they have one."""
     kept = {key: name for key, name in SCORES.items() if key in line}
-    kept |= {key: f"sampled, {key.split('/')[1]}" for key in line if key.startswith("held_out_by/")}
+    by = [key for key in line if key.startswith("held_out_by/") and not key.endswith("_error")]
+    kept |= {key: f"sampled, {key.split('/')[1]}" for key in by}
     return {name: {"value": line[key], "error": line.get(f"{key}_error")} for key, name in kept.items()}
 
 

@@ -1,5 +1,6 @@
 """The driver: a run killed again and again writes the metrics of one that never was; wrong runs are refused clearly."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,10 +15,14 @@ from glm45.environments.protocol import Failure, Task, user
 from glm45.environments.tasks import write_tasks
 from glm45.model import hub
 from glm45.rl.config import LossConfig, RLConfig, RLEvaluationConfig, RolloutConfig
-from glm45.rl.curriculum import CurriculumStage, LengthSchedule
-from glm45.rl.driver import require_judgement
+from glm45.rl.curriculum import CurriculumStage, LengthSchedule, PoolThresholds
+from glm45.rl.driver import run_rl
+from glm45.rl.metrics import require_judgement
+from glm45.rl.pools import PoolsConfig, measure_pools
 from glm45.rl.state import open_run, pool_members, read_task_files
 from glm45.rl.temperature import TemperatureConfig
+from glm45.training.metrics import read_record
+from glm45.training.run import exclusive
 
 # Runs the driver once for each "FOLDER PART NUMBER" argument, in a child that ends by SIGKILL the so-many-th time that
 # part of a step is reached. One process imports everything and forks: imports take longer than the runs.
@@ -143,12 +148,99 @@ def board(folder, name: str) -> dict[int, float]:
 
 
 def test_a_folder_of_another_run_is_refused(config, tmp_path):
-    import dataclasses
-
     open_run(tmp_path / "run", config)
     open_run(tmp_path / "run", dataclasses.replace(config, steps=12))
     with pytest.raises(ValueError, match="other values of seed"):
         open_run(tmp_path / "run", dataclasses.replace(config, seed=5))
+
+
+def test_a_run_and_its_files_may_move_but_not_change(config, tmp_path):
+    (tmp_path / "pools.json").write_text('{"pools": {}}')
+    open_run(tmp_path / "run", dataclasses.replace(config, pools=str(tmp_path / "pools.json")))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("policy", "train.jsonl", "held_out.jsonl", "pools.json", "run"):
+        (tmp_path / name).rename(moved / name)
+    files = {"policy": "policy", "tasks": "train.jsonl", "held_out": "held_out.jsonl", "pools": "pools.json"}
+    there = dataclasses.replace(config, **{name: os.path.relpath(moved / file) for name, file in files.items()})
+    open_run(moved / "run", there)
+    write_tasks(moved / "train.jsonl", word_tasks(0, 19))
+    with pytest.raises(ValueError, match="other values of tasks"):
+        open_run(moved / "run", there)
+
+
+def test_a_configuration_survives_a_kill_while_it_is_written(config, tmp_path, monkeypatch):
+    open_run(tmp_path / "run", config)
+    before = (tmp_path / "run" / "config.json").read_text()
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(tmp_path / "run", dataclasses.replace(config, steps=12))
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_two_processes_do_not_work_in_one_folder(config, tmp_path):
+    with exclusive(tmp_path / "run"), pytest.raises(OSError, match="another process is training in"):
+        run_rl(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_the_moderate_to_the_hard_pool_on_a_plateau(config, tmp_path):
+    pools = {"moderate": [str(number) for number in range(10)], "hard": [str(number) for number in range(10, 20)]}
+    (tmp_path / "pools.json").write_text(json.dumps({"pools": pools}))
+    moderate = CurriculumStage(
+        pool="moderate", prompts_per_step=2, samples_per_prompt=4, plateau_window=1, plateau_gain=9.0
+    )
+    config = dataclasses.replace(
+        config,
+        pools=str(tmp_path / "pools.json"),
+        stages=(moderate, CurriculumStage(pool="hard", prompts_per_step=2, samples_per_prompt=6)),
+        rollout=RolloutConfig(drop_uninformative=False),
+        steps=4,
+    )
+    run_rl(config, tmp_path / "run", say=lambda line: None)
+    rows = read_record(tmp_path / "run")
+    assert [row["stage"] for row in rows[1:]] == [0, 0, 1, 1]
+    assert [row["num_samples"] for row in rows[1:]] == [12, 12, 18, 18]  # oversampling makes three groups
+    assert [row["pool/begun"] for row in rows[1:]] == [3, 6, 9, 12]
+    assert rows[3]["pool/dropped_stage"] == 1  # the third group of the second step
+
+
+@pytest.mark.slow
+def test_a_measurement_of_pools_goes_on_where_it_was_stopped(config, tmp_path):
+    tasks = [
+        dataclasses.replace(task, metadata={**task.metadata, "verified_answer": i != 5})
+        for i, task in enumerate(word_tasks(0, 6))
+    ]
+    write_tasks(tmp_path / "train.jsonl", tasks)
+    thresholds = PoolThresholds(k=2, num_samples=4, hard_k=6)
+    measured = PoolsConfig(
+        policy=config.policy, tasks=config.tasks, thresholds=thresholds, max_tokens=12, prompts_at_once=2
+    )
+    whole = measure_pools(measured, tmp_path / "whole.json", say=lambda line: None)
+    assert json.loads((tmp_path / "whole.json").read_text()) == whole
+    assert whole["left_out"] == 1
+    assert sum(whole["counts"].values()) == 5
+    assert whole["samples"] >= 20
+
+    def killed(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_pools(measured, tmp_path / "killed.json", say=killed)
+    with (tmp_path / "killed.json.partial").open("a") as partial:
+        partial.write('{"task_id": "2", "po')  # a line cut short
+    with pytest.raises(ValueError, match="begun with another configuration"):
+        measure_pools(dataclasses.replace(measured, seed=1), tmp_path / "killed.json")
+    said = []
+    relative = dataclasses.replace(measured, tasks=os.path.relpath(measured.tasks))
+    resumed = measure_pools(relative, tmp_path / "killed.json", say=said.append)
+    assert said == ["4 of 5 prompts", "5 of 5 prompts"]
+    assert resumed["measurements"] == whole["measurements"]
+    assert not (tmp_path / "killed.json.partial").exists()
 
 
 def test_a_prompt_in_both_files_is_refused(config, tmp_path):
@@ -194,8 +286,6 @@ def test_a_run_whose_answers_can_none_of_them_be_judged_stops(groups):
 
 
 def test_only_expert_verified_science_is_kept_when_asked(config, tmp_path):
-    import dataclasses
-
     from glm45.environments.science import science_task
 
     science = [science_task(f"q{i}", f"q{i}?", ["a", "b"], 0, expert_verified=i == 0) for i in range(4)]
@@ -206,8 +296,6 @@ def test_only_expert_verified_science_is_kept_when_asked(config, tmp_path):
 
 
 def test_a_part_of_the_held_out_tasks_comes_from_all_of_the_file(config, tmp_path):
-    import dataclasses
-
     write_tasks(tmp_path / "held_out.jsonl", word_tasks(100, 200))
     _, part = read_task_files(dataclasses.replace(config, evaluation=RLEvaluationConfig(num_tasks=40)))
     numbers = [int(task.task_id) for task in part]

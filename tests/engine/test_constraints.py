@@ -1,11 +1,14 @@
 """Under a grammar, whatever a random model says is what was asked for, and the parser reads it back."""
 
+import asyncio
+import contextlib
 import json
 
 import jsonschema_rs
 import pytest
 import torch
 
+from glm45.engine.constraints import Grammars
 from glm45.engine.request import Constraint, SamplingParams
 from glm45.model.config import preset
 from glm45.model.transformer import Glm45
@@ -114,6 +117,45 @@ def test_logprobs_under_a_grammar_are_the_models_own(engine, forward_logprobs):
 def test_a_grammar_of_ones_own(engine):
     completions = answers(engine, Constraint(grammar='root ::= "yes" | "no"'), count=6)
     assert {completion.text.removesuffix("<|user|>") for completion in completions} == {"yes", "no"}
+
+
+def test_a_sample_that_cannot_go_on_fails_its_own_request_alone(engine):
+    """Of the samples of one request some are banned every token in the very step in which others finish."""
+    constraint = Constraint(grammar='root ::= "a" | "bb"')
+    doomed = SamplingParams(n=16, min_tokens=2, max_tokens=2, seed=1, constraint=constraint)
+
+    async def run():
+        calls = [engine.generate_async("x", params) for params in (doomed, SamplingParams(max_tokens=9, seed=1))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    failed, [finished] = asyncio.run(run())
+    assert "ban every token" in str(failed)
+    assert finished.finish_reason == "length"
+
+
+def test_a_schema_without_conditions_is_any_json(tokenizer):
+    grammars = Grammars(tokenizer, tokenizer.padded_vocab_size)
+    for text in ("[1]", '"a"', "true"):
+        matcher = grammars.matcher(Constraint(json_schema={}, reasoning=False))
+        for token in tokenizer.encode(text):
+            matcher.accept(token)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": [1]},
+        {"properties": {"a": {}}, "required": 5},
+        {"properties": {"a": {"type": "nonsense"}}},
+        {"properties": {"a": {"type": {"b": 1}, "anyOf": 5, "enum": 5}}, "$defs": 5, "required": [[1]]},
+        {"properties": {"a": {"type": "string", "enum": 5}}},
+        {"properties": {"a": {"type": ["integer", ["x"]]}}},
+    ],
+)
+def test_a_malformed_tool_is_a_value_error_or_served(tokenizer, parameters):
+    tools = ({"type": "function", "function": {"name": "f", "parameters": parameters}},)
+    with contextlib.suppress(ValueError):
+        Grammars(tokenizer, tokenizer.padded_vocab_size).matcher(Constraint(tools=tools))
 
 
 @pytest.mark.parametrize("constraint", [Constraint(json_schema={"type": "nonsense"}), Constraint(grammar="root ::= (")])

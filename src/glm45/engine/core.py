@@ -107,7 +107,8 @@ class Core:
                 if not sequence.num_output_tokens:
                     ready += [(child, last) for child in self._fork(sequence, hidden[last])]
         for sampled in self.runner.sample(hidden, ready) if ready else []:
-            self._accept(sampled)
+            if sampled.sequence.finish_reason is None:  # a sibling that failed just now took the whole request with it
+                self._accept(sampled)
         if self.runner.drafter is not None:
             self.runner.draft()
         for sequence, _ in plan.work:
@@ -118,8 +119,9 @@ class Core:
 
     def _fork(self, parent: Sequence, hidden_D: torch.Tensor) -> list[Sequence]:
         """A prompt is computed: its other samples start from there."""
-        self.totals.prompt_tokens += parent.num_prompt_tokens
-        self.totals.cached_tokens += parent.num_cached_tokens
+        if parent.index == 0:  # a sibling that had to wait computes the prompt once more
+            self.totals.prompt_tokens += parent.num_prompt_tokens
+            self.totals.cached_tokens += parent.num_cached_tokens
         children = self.scheduler.fork(parent)
         if self.runner.drafter is not None:
             for child in children:

@@ -166,7 +166,8 @@ def test_a_slow_body_is_408(serve):
         assert b" 408 " in sock.recv(4096)
 
 
-def test_a_full_queue_says_when_to_come_back(serve, engine):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_says_when_to_come_back(serve, engine, stream):
     """Beyond the limit: 429 with Retry-After; places come free and requests pass again."""
     engine.held = True
     server = serve(limits={"samples": 4})
@@ -174,9 +175,11 @@ def test_a_full_queue_says_when_to_come_back(serve, engine):
     async def run():
         """Twelve at once: those that run go on when the others have been refused."""
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
-            posts = [asyncio.ensure_future(http.post("/v1/chat/completions", json=CHAT)) for _ in range(12)]
-            while sum(post.done() for post in posts) < 8:
-                await asyncio.sleep(0.01)
+            body = {**CHAT, "stream": stream}
+            posts = [asyncio.ensure_future(http.post("/v1/chat/completions", json=body)) for _ in range(12)]
+            async with asyncio.timeout(60):
+                while sum(post.done() for post in posts) < 8:
+                    await asyncio.sleep(0.01)
             engine.held = False
             return await asyncio.gather(*posts)
 
@@ -186,7 +189,10 @@ def test_a_full_queue_says_when_to_come_back(serve, engine):
     refused = next(response for response in responses if response.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert error_of(refused)["type"] == "rate_limit_error"
+    refusal = {**CHAT, "stream": True, "stop_token_ids": [99_999]}  # by the engine, once the place is taken
+    assert [httpx.post(server.url + "/v1/chat/completions", json=refusal).status_code for _ in range(5)] == [400] * 5
     assert httpx.post(server.url + "/v1/chat/completions", json={**CHAT, "max_tokens": 2}).status_code == 200
+    until(lambda: server.service.gate.num_samples == 0, "every place is free")
     too_many = httpx.post(server.url + "/v1/chat/completions", json={**CHAT, "n": 5})
     assert too_many.status_code == 400
 

@@ -100,7 +100,7 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         *,
         error_event: Callable[[ApiError], bytes],
-        place: AbstractContextManager[None],
+        place: AbstractContextManager[Any],
         stop: asyncio.Event,
         seconds: float,
         keepalive_seconds: float,

@@ -68,7 +68,8 @@ class Gate:
 
     @contextmanager
     def entered(self, num_samples: int) -> Iterator[None]:
-        """Hold places for the samples of a request that was checked."""
+        """Hold places for the samples of a request. Raises ApiError where `check` does."""
+        self.check(num_samples)
         self.num_samples += num_samples
         try:
             yield

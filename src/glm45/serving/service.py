@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -116,28 +117,24 @@ class Service:
 
     async def whole(self, request: Request, num_samples: int, work: Coroutine[Any, Any, T]) -> T:
         """Await an answer that is sent in one piece, within every limit."""
-        try:
-            self.gate.check(num_samples)
-        except ApiError:
-            work.close()
-            raise
-        with self.gate.entered(num_samples):
+        with closing(work), self.gate.entered(num_samples):
             return await watched(request, work, self.limits.request_seconds, self.stop)
 
     async def streamed(
         self, num_samples: int, events: AsyncGenerator[bytes, None], error_event: Callable[[ApiError], bytes]
     ) -> EventStream:
         """Return an answer that is sent as events, within every limit."""
-        self.gate.check(num_samples)
-        return EventStream(
-            await started(events),
-            error_event=error_event,
-            place=self.gate.entered(num_samples),
-            stop=self.stop,
-            seconds=self.limits.request_seconds,
-            keepalive_seconds=self.limits.keepalive_seconds,
-            metrics=self.metrics,
-        )
+        with ExitStack() as place:  # taken before anything is awaited, given back here or by the stream
+            place.enter_context(self.gate.entered(num_samples))
+            return EventStream(
+                await started(events),
+                error_event=error_event,
+                place=place.pop_all(),
+                stop=self.stop,
+                seconds=self.limits.request_seconds,
+                keepalive_seconds=self.limits.keepalive_seconds,
+                metrics=self.metrics,
+            )
 
 
 STREAMED: dict[int | str, dict[str, Any]] = {

@@ -89,6 +89,39 @@ def test_prompt_and_top_logprobs(build, model, prompts, forward_logprobs):
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
 
+def test_a_scored_prompt_that_is_preempted_is_scored_to_its_end(build, model, prompts, forward_logprobs, monkeypatch):
+    """Meanwhile the cache holds more of it than was scored, of another request."""
+    engine = build(max_num_batched_tokens=16, max_num_seqs=8)
+    engine.generate([prompts[3]], SamplingParams(max_tokens=1))
+    step, scheduler = engine._core.step, engine._core.scheduler
+
+    def preempting(admit):
+        step(admit)
+        if scheduler.running and not scheduler.num_preemptions:
+            scheduler.preempt(scheduler.running[0])
+
+    monkeypatch.setattr(engine._core, "step", preempting)
+    [[completion]] = engine.generate([prompts[3]], SamplingParams(max_tokens=1, prompt_logprobs=True))
+    assert scheduler.num_preemptions == 1
+    expected = forward_logprobs(model, prompts[3][:1], prompts[3][1:])
+    torch.testing.assert_close(torch.tensor(completion.prompt_logprobs[1:]), expected, atol=1e-5, rtol=0)
+
+
+def test_prompt_tokens_are_counted_once_for_all_samples(build, prompts):
+    engine = build(max_num_seqs=2)
+    engine.generate([prompts[3]], SamplingParams(n=5, max_tokens=4))
+    assert engine.stats()["prompt_tokens"] == len(prompts[3])
+
+
+def test_the_longest_sample_is_what_context_and_cache_hold(build):
+    for engine in (build(cache_tokens=160), build(cache_tokens=160, num_drafts=2), build(max_length=40)):
+        room = engine.longest_sample - 3
+        [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=room, ignore_eos=True))
+        assert len(completion.token_ids) == room
+    with pytest.raises(ValueError, match="raise cache_tokens"):
+        build(cache_tokens=160).generate([[1, 2, 3]], SamplingParams(max_tokens=157))
+
+
 def test_a_known_prefix_is_not_computed_again(build, prompts):
     engine = build()
     params = SamplingParams(max_tokens=4, temperature=0)

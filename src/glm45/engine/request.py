@@ -186,6 +186,12 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     """Every token id that ends a sample."""
     prompt_logprobs: list[float | None] | None = None
+    """Those known so far: they grow with the prefill."""
+
+    @property
+    def is_to_be_scored(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for and not all known: it must be computed, not cached."""
+        return self.params.prompt_logprobs and len(self.prompt_logprobs or ()) < len(self.prompt_ids)
 
 
 @dataclass(eq=False, slots=True)

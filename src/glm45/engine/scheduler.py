@@ -220,8 +220,7 @@ class Scheduler:
             sequence = self.waiting.peek()
             if sequence is None:
                 return
-            scored = sequence.request.params.prompt_logprobs and sequence.request.prompt_logprobs is None
-            table = self.blocks.match([] if scored else sequence.token_ids)
+            table = self.blocks.match([] if sequence.request.is_to_be_scored else sequence.token_ids)
             sequence.num_computed_tokens = len(table.blocks) * self.blocks.block_size
             num_tokens = self._chunk(sequence, budget)
             num_whole = len(sequence.token_ids) + len(sequence.drafts) + 1 + self.lookahead

@@ -65,6 +65,15 @@ def test_rows_of_different_requests_do_not_mix():
     assert together[0].max() == 1
 
 
+def test_a_row_that_keeps_every_token_is_untouched_by_its_neighbours():
+    """Bit for bit, also where rounding takes the sum of probabilities to 1 before the last token."""
+    logits_NV = 4 * torch.randn(2, 50_000, generator=torch.Generator().manual_seed(2))
+    plain, cut = sequence_with(temperature=0.9), sequence_with(top_p=0.5)
+    assert torch.equal(distribution(logits_NV, [plain, cut])[:1], distribution(logits_NV[:1], [plain]))
+    everything = distribution(logits_NV[:1], [sequence_with(top_k=50_000)])
+    assert bool((everything > 0).all())
+
+
 def test_bias_bans_and_minimum_length_hold():
     logits_NV = torch.zeros(2, 8)
     short = sequence_with(min_tokens=2, output=(5,), logit_bias={3: float("-inf"), 4: 1.0})
@@ -112,7 +121,16 @@ def test_reported_logprobs_ignore_filters_and_know_temperature():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 0), ("temperature", -1.0), ("top_p", 0.0), ("min_tokens", 999), ("stop", ("",)), ("repetition_penalty", 0)],
+    [
+        ("n", 0),
+        ("logit_bias", {1: float("inf")}),
+        ("logit_bias", {1: float("nan")}),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("min_tokens", 999),
+        ("stop", ("",)),
+        ("repetition_penalty", 0),
+    ],
 )
 def test_a_senseless_parameter_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):

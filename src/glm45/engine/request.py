@@ -95,7 +95,10 @@ class SamplingParams:
             (self.top_k >= 0, f"top_k is {self.top_k}: use 0 (off) or a count"),
             (0 <= self.min_p <= 1, f"min_p is {self.min_p}: use a share between 0 and 1"),
             (self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}: use a factor above 0"),
-            (all(bias == bias for bias in self.logit_bias.values()), "logit_bias holds a NaN"),
+            (
+                all(bias < float("inf") for bias in self.logit_bias.values()),  # false for a NaN, too
+                "logit_bias holds +inf or a NaN: use numbers, or -inf to ban a token",
+            ),
             (all(self.stop), "stop holds an empty string, which would end every sample at once"),
             (0 <= self.top_logprobs <= 100, f"top_logprobs is {self.top_logprobs}: use 0 to 100"),
         ]

@@ -100,15 +100,20 @@ def distribution(logits_NV: torch.Tensor, sequences: Rows["Sequence"]) -> torch.
     """
     params = [sequence.request.params for sequence in sequences]
     temperatures_N = np.array([p.temperature for p in params], np.float32)
-    if any(p.top_p < 1 or p.top_k or p.min_p for p in params):
+    # Rows that keep every token stay as they are: what a row's distribution is must not depend on its neighbours.
+    rows = [row for row, p in enumerate(params) if p.top_p < 1 or p.top_k or p.min_p]
+    if rows:
 
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=logits_NV.device)[:, None]
 
-        top_k = column([float(p.top_k or logits_NV.shape[1]) for p in params])
-        scaled_NV = tempered(logits_NV, temperatures_N)
-        keep_NV = _kept(scaled_NV, top_k, column([p.top_p for p in params]), column([p.min_p for p in params]))
-        logits_NV = logits_NV.masked_fill(~keep_NV, float("-inf"))
+        cut = [params[row] for row in rows]
+        top_k = column([float(p.top_k or logits_NV.shape[1]) for p in cut])
+        cut_NV = logits_NV[rows]
+        scaled_NV = tempered(cut_NV, temperatures_N[rows])
+        keep_NV = _kept(scaled_NV, top_k, column([p.top_p for p in cut]), column([p.min_p for p in cut]))
+        logits_NV = logits_NV.clone()
+        logits_NV[rows] = cut_NV.masked_fill(~keep_NV, float("-inf"))
     return probabilities(logits_NV, temperatures_N)
 
 
@@ -139,7 +144,7 @@ def _kept(scaled_NV: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min
     keep_NV = ranks_V < top_k
     probs_NV = torch.softmax(ordered_NV.masked_fill(~keep_NV, float("-inf")), dim=-1)
     before_NV = probs_NV.double().cumsum(-1) - probs_NV
-    keep_NV &= (before_NV < top_p) | (ranks_V == 0)
+    keep_NV &= (before_NV < top_p) | (ranks_V == 0) | (top_p == 1)  # rounding may take the sum past 1
     keep_NV &= probs_NV >= min_p * probs_NV[:, :1]
     return torch.zeros_like(keep_NV).scatter(1, order_NV, keep_NV)
 

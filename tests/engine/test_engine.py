@@ -266,6 +266,47 @@ def test_requests_in_flight_meet_new_weights_as_asked(build, model, prompts, for
         torch.testing.assert_close(logprobs[switch:], after, atol=1e-5, rtol=0)
 
 
+def test_new_weights_in_a_pause_do_not_wait_for_what_is_paused(build, model, prompts, forward_logprobs):
+    """Requests under way go on with the new weights, recomputed; whether the pause or the update came first."""
+    engine, new = build(of=copy.deepcopy(model)), other_weights(model)
+
+    async def run():
+        pieces = []
+        async for delta in engine.stream(prompts[1], SamplingParams(max_tokens=120, seed=2)):
+            pieces.append(delta)
+            if len(pieces) == 5:
+                engine.pause()
+                assert await asyncio.wait_for(asyncio.to_thread(engine.update_weights, new.state_dict()), 60) == 1
+                engine.resume()
+            if len(pieces) == 25:
+                waiting = asyncio.ensure_future(asyncio.to_thread(engine.update_weights))
+                while not (engine._at_boundary or waiting.done()):
+                    await asyncio.sleep(0)
+                engine.pause()
+                assert await asyncio.wait_for(waiting, 60) == 2
+                engine.resume()
+        return pieces
+
+    pieces = asyncio.run(run())
+    tokens = [x for delta in pieces for x in delta.token_ids]
+    versions = [x for delta in pieces for x in delta.weight_versions]
+    logprobs = torch.tensor([x for delta in pieces for x in delta.logprobs])
+    assert len(tokens) == 120
+    assert versions == sorted(versions)
+    assert {0, 1} < set(versions)
+    switch = versions.count(0)
+    after = forward_logprobs(new, prompts[1], tokens)[switch:]
+    torch.testing.assert_close(logprobs[switch:], after, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("version", [-1, 2**63])
+def test_a_version_out_of_range_is_refused_before_anything_changes(build, version):
+    engine = build()
+    with pytest.raises(ValueError, match="out of range"):
+        engine.update_weights(version=version)
+    assert engine.weight_version == 0
+
+
 def test_a_failed_update_keeps_the_old_weights(build, model, prompts):
     engine = build(of=copy.deepcopy(model))
     with pytest.raises(RuntimeError, match="Missing key"):

@@ -185,9 +185,12 @@ class Engine:
         parameters were changed in place. The version (by default the next) drops the prefix cache. Requests in
         flight: `finish` lets what is running end on the old weights and starts nothing meanwhile, `abort` ends
         everything, `recompute` goes on with keys and values computed anew under the new weights, `continue` goes on
-        with those of the old. Each token carries the version that produced it. Raises what loading raises, with the
-        old weights in force, and RuntimeError while another update waits.
+        with those of the old. In a paused engine nothing can finish first: `finish` is `recompute` there. Each token
+        carries the version that produced it. Raises ValueError for a version below 0 or over 63 bits, what loading
+        raises, with the old weights in force, and RuntimeError while another update waits.
         """
+        if version is not None and not 0 <= version < 2**63:
+            raise ValueError(f"weight version {version} is out of range: use 0 to 2**63 - 1")
         future: Future[int] = Future()
 
         def apply() -> None:
@@ -378,6 +381,7 @@ class Engine:
             if self._is_at_boundary():
                 apply, self._at_boundary = self._at_boundary, None
                 assert apply is not None
+                self._core.recompute()  # what is still running is paused
                 apply()
             if self._can_step():
                 self._core.step(admit=self._at_boundary is None)
@@ -386,7 +390,7 @@ class Engine:
                 return
 
     def _is_at_boundary(self) -> bool:
-        return self._at_boundary is not None and not self._core.scheduler.running
+        return self._at_boundary is not None and (self._paused or not self._core.scheduler.running)
 
     def _can_step(self) -> bool:
         return not self._paused and self._core.scheduler.has_work

@@ -70,12 +70,7 @@ class Service:
             )
 
     async def new_weights(self, path: str, version: int | None = None, in_flight: str = "finish") -> int:
-        """Serve the weights of a folder and return their version. Raises ValueError for what cannot be loaded.
-
-        Requests that are paused cannot finish first: they go on with the new weights, recomputed.
-        """
-        if in_flight == "finish" and self.engine.stats().get("paused"):
-            in_flight = "recompute"
+        """Serve the weights of a folder and return their version. Raises ValueError for what cannot be loaded."""
         update = partial(self.engine.update_weights, path, version=version, in_flight=in_flight)
         try:
             return await asyncio.to_thread(update)

@@ -74,7 +74,7 @@ class Grammars:
         if constraint.tools is not None:
             body = self._calls(constraint.tools)
         else:
-            body = _json(constraint.json_schema or {"type": "object"})
+            body = _json({"type": "object"} if constraint.json_schema is None else constraint.json_schema)
         parts = [*self._reasoning(), body] if constraint.reasoning else [body]
         tag = {"type": "structural_tag", "format": _sequence(*parts)}
         return self._compile_tag(json.dumps(tag))
@@ -98,9 +98,11 @@ class Grammars:
 
     def _call(self, function: Mapping[str, Any]) -> Format:
         parameters = function.get("parameters") or {}
-        required = set(parameters.get("required") or ())
+        properties, required = parameters.get("properties") or {}, parameters.get("required") or []
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise ValueError(f"tool {function['name']!r}: its properties are no object or its required is no list")
         arguments = []
-        for key, schema in (parameters.get("properties") or {}).items():
+        for key, schema in properties.items():
             argument = self._argument(key, schema, parameters)
             arguments.append(argument if key in required else _optional(argument))
         name = _constant(function["name"] + "\n")
@@ -118,7 +120,7 @@ class Grammars:
             definitions = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
             return _json({**definitions, **schema})
         choices = schema.get("enum") if isinstance(schema, Mapping) else None
-        if choices and kind == "string":
+        if choices and isinstance(choices, list) and kind == "string":
             return {"type": "or", "elements": [_constant(str(choice)) for choice in choices]}
         return self._text()
 

@@ -100,14 +100,15 @@ def _types(schema: Mapping[str, Any], root: Mapping[str, Any], references: int) 
         return _types(target, root, references - 1) if target is not None else set()
     declared = schema.get("type")
     if declared is not None:
-        return set(declared) if isinstance(declared, list) else {declared}
+        return {each for each in (declared if isinstance(declared, list) else [declared]) if isinstance(each, str)}
     choices = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(choices, list):
         types = {_type_of(choice) for choice in choices}
         return set() if "string" in types and types - {"string", "null"} else types  # mixed: 1 is a number, auto is not
     found: set[str] = set()
     for combination in ("anyOf", "oneOf", "allOf"):
-        for choice in schema.get(combination) or ():
+        choices = schema.get(combination)
+        for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, Mapping):
                 found |= _types(choice, root, references)
     return found

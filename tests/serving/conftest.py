@@ -61,6 +61,8 @@ class ScriptedEngine:
 
     def reset(self):
         self.weight_version = 0
+        self.longest_sample = self.max_length
+        self.stats_now = {"drafted_tokens": 0, "accepted_tokens": 0}
         self.text = "<think>Let me think.</think>\nThe answer is 42.<|user|>"
         """What it says: text, or a function of the prompt's ids and the sample's index."""
         self.delay = 0.0
@@ -74,7 +76,7 @@ class ScriptedEngine:
         self.paused = False
 
     def stats(self):
-        return {"drafted_tokens": 0, "accepted_tokens": 0, "running": self.num_open, "waiting": 0}
+        return {**self.stats_now, "running": self.num_open, "waiting": 0}
 
     def _check(self, prompt, params):
         if len(prompt) >= self.max_length:

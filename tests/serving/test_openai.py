@@ -46,6 +46,17 @@ def test_usage_counts_every_token(oai, engine, ids_of):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
+def test_without_max_tokens_as_much_as_context_and_cache_hold(serve, engine):
+    """A context longer than the cache refuses nothing, unless more is asked for."""
+    engine.longest_sample = 100
+    url = serve().url + "/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        ask(client)
+        assert engine.asked[-1].params.max_tokens == 100 - len(engine.asked[-1].prompt)
+        ask(client, max_tokens=500)
+        assert engine.asked[-1].params.max_tokens == 500  # for the engine to refuse
+
+
 def test_stream_adds_up_to_the_whole_answer(oai, engine):
     """Deltas joined are the message of the unstreamed answer, with one finish reason and usage at the end."""
     engine.text = CALL

@@ -172,6 +172,12 @@ class Engine:
         return self._core.weight_version
 
     @property
+    def longest_sample(self) -> int:
+        """Most tokens of prompt and output together that fit into the context and the cache."""
+        blocks = self._core.blocks
+        return min(self.max_length, blocks.num_blocks * blocks.block_size - 2 * self.config.num_drafts - 1)
+
+    @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -304,12 +310,11 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; with a context of {self.max_length} at most "
                 f"{self.max_length - 1} leave room for an answer"
             )
-        blocks = self._core.blocks
-        longest = min(len(prompt_ids) + params.max_tokens, self.max_length) + 2 * self.config.num_drafts + 1
-        if blocks.blocks_for(longest) > blocks.num_blocks:
+        longest = min(len(prompt_ids) + params.max_tokens, self.max_length)
+        if longest > self.longest_sample:
             raise ValueError(
-                f"prompt and max_tokens come to {longest} tokens and the cache holds "
-                f"{blocks.num_blocks * blocks.block_size}: raise cache_tokens or lower max_tokens"
+                f"prompt and max_tokens come to {longest} tokens and the cache holds a sample of "
+                f"{self.longest_sample}: raise cache_tokens or lower max_tokens"
             )
 
     def _need_tokenizer(self, what: str) -> Any:

@@ -24,6 +24,7 @@ class ServedEngine(Protocol):
     """What the server needs of an engine (`glm45.engine.engine.Engine`)."""
 
     max_length: int
+    longest_sample: int
 
     def stream(
         self, prompt: list[int], params: SamplingParams, *, request_id: str | None = None, owner: str = ""

@@ -49,6 +49,8 @@ class Context(Protocol):
     dialect: DialectName
     max_length: int
     """Most tokens of prompt and output together."""
+    longest_sample: int
+    """Most tokens of prompt and output together that the cache can hold as well."""
     longest_token: int
     """Bytes of the longest token: a text of more than `max_length` times as many cannot fit."""
 
@@ -201,8 +203,8 @@ def output_tokens(asked: int | None, num_prompt_tokens: int, context: Context) -
             param="messages",
         )
     room, limit = context.max_length - num_prompt_tokens, context.limits.output_tokens
-    if asked is None:
-        return min(room, limit or room)
+    if asked is None:  # a prompt that fills the cache is the engine's to refuse
+        return max(1, min(context.longest_sample - num_prompt_tokens, limit or room))
     if limit and asked > limit:
         raise ApiError(400, f"max_tokens is {asked} and this server gives at most {limit}", param="max_tokens")
     if asked > room:

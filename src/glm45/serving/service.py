@@ -42,6 +42,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.max_length: int = self.engine.max_length
+        self.longest_sample: int = self.engine.longest_sample
         self.longest_token = max(len(self.tokenizer.decode_bytes([i])) for i in range(self.tokenizer.vocab_size))
         self.metrics = Metrics()
         self.gate = Gate(self.limits.samples)

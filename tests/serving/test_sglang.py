@@ -65,6 +65,29 @@ def test_weights_pause_and_continue(serve, engine):
         assert not engine.paused
 
 
+def test_forgetting_while_new_weights_wait_says_when_to_come_back(serve, engine):
+    """The engine takes one change at a time."""
+
+    def busy(*arguments, **options):
+        raise RuntimeError("another weight update is waiting for requests to finish")
+
+    with httpx.Client(base_url=serve(is_admin=True).url) as client:
+        engine.update_weights, kept = busy, engine.update_weights
+        response = post(client, "/flush_cache")
+        engine.update_weights = kept
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+def test_a_schema_is_json_text_or_an_object(client, engine):
+    """SGLang's clients send text; either holds from the first token on, as in SGLang."""
+    schema = {"enum": ["red"]}
+    for given in (schema, json.dumps(schema)):
+        assert post(client, "/generate", text="a", sampling_params={"json_schema": given}).status_code == 200
+        assert engine.asked[-1].params.constraint == Constraint(json_schema=schema, reasoning=False)
+    for wrong in ("{", "[]", "5", "[" * 100_000):
+        assert post(client, "/generate", text="a", sampling_params={"json_schema": wrong}).status_code == 400
+
+
 @pytest.mark.parametrize("body", [{}, {"text": "a", "input_ids": [1]}, {"input_ids": []}, {"input_ids": [99999]}])
 def test_wrong_prompts_are_refused(client, body):
     """Neither, both, empty, or outside the vocabulary."""

@@ -67,7 +67,7 @@ class Door:
         """Return whom the request is counted for. Raises ApiError for a foreign host or a wrong key."""
         host = headers.get("host", "").rsplit(":", 1)[0] if headers.get("host", "")[-1:] != "]" else headers["host"]
         if self.allowed_hosts and host not in self.allowed_hosts:
-            raise ApiError(403, f"the Host header {host!r} is not this server's: use --allow-host to allow it")
+            raise ApiError(403, f"the Host header {host!r} is not this server's: start it with allow_hosts to allow it")
         client = (scope.get("client") or ("",))[0]
         path = scope["path"]
         if path in OPEN_PATHS or path.startswith("/page/"):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from glm45.serving.errors import ApiError, as_client_errors
+from glm45.serving.errors import ApiError, as_client_errors, unavailable
 from glm45.serving.exchange import EventStream, started, watched
 from glm45.serving.generation import Generation
 from glm45.serving.limits import Gate, Keys, Limits
@@ -79,9 +79,15 @@ class Service:
             raise ValueError(str(error)) from error
 
     async def forget(self, in_flight: str) -> None:
-        """Drop every cached prefix; with `abort`, end the requests under way."""
+        """Drop every cached prefix; with `abort`, end the requests under way.
+
+        Raises ApiError (503) while new weights wait for requests to finish.
+        """
         update, version = self.engine.update_weights, self.engine.weight_version
-        await asyncio.to_thread(partial(update, None, version=version, in_flight=in_flight))
+        try:
+            await asyncio.to_thread(partial(update, None, version=version, in_flight=in_flight))
+        except RuntimeError as error:
+            raise unavailable(str(error), retry_after=1) from error
 
     @property
     def fingerprint(self) -> str:

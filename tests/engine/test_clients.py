@@ -1,12 +1,13 @@
 """One contract for every engine client, passed by the engine itself and by our server over HTTP.
 
-Point it at a real server with GLM45_SGLANG_URL=http://host:port, or GLM45_VLLM_URL and GLM45_VLLM_MODEL, and set
-GLM45_CHECKPOINT to a folder that the server may load weights from.
+The tests over `SERVERS` hold for any model: point them at a real server as docs/engine.md says (GLM45_SGLANG_URL, or
+GLM45_VLLM_URL with GLM45_VLLM_MODEL; GLM45_CHECKPOINT is a folder that the server may load weights from).
 """
 
 import asyncio
 import copy
 import dataclasses
+import json
 import os
 
 import httpx
@@ -23,11 +24,15 @@ from glm45.text.tokenizer import Tokenizer
 
 PROMPT = [65, 66, 67, 68, 69, 70]
 KINDS = ["in-process", "sglang", "vllm"]
-REMOTE = {"sglang": "GLM45_SGLANG_URL", "vllm": "GLM45_VLLM_URL"}
-remote_only = [
-    pytest.param(kind, marks=pytest.mark.skipif(not os.environ.get(REMOTE[kind]), reason=f"set {REMOTE[kind]}"))
-    for kind in REMOTE
+REMOTE = {"remote sglang": "GLM45_SGLANG_URL", "remote vllm": "GLM45_VLLM_URL"}
+SERVERS = [
+    *KINDS,
+    *(
+        pytest.param(kind, marks=pytest.mark.skipif(not os.environ.get(name), reason=f"set {name}"))
+        for kind, name in REMOTE.items()
+    ),
 ]
+GREEDY = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +61,37 @@ def engine(small_model, tokenizer):
 def client_of(engine, tokenizer):
     """Build a client of each kind; without an address, HTTP ends in our own server, in this process."""
 
-    def client_of(kind, url=None):
+    def client_of(kind):
         from glm45.serving.app import build_app
         from glm45.serving.service import Service
 
         if kind == "in-process":
             return InProcessClient(engine)
-        transport = None
-        if url is None:
+        if kind in REMOTE:
+            transport, url = None, os.environ[REMOTE[kind]]
+        else:
             service = Service(engine, tokenizer, "tiny", is_admin=True)
             transport, url = httpx.ASGITransport(build_app(service), raise_app_exceptions=False), "http://127.0.0.1"
-        if kind == "sglang":
+        if kind.endswith("sglang"):
             return SglangClient(url, transport=transport)
-        return VllmClient(url, os.environ.get("GLM45_VLLM_MODEL", "tiny"), transport=transport)
+        name = os.environ["GLM45_VLLM_MODEL"] if kind in REMOTE else "tiny"
+        return VllmClient(url, name, transport=transport)
 
     return client_of
+
+
+@pytest.fixture
+def checkpoint(small_model, tmp_path):
+    """Return a function that gives a folder which a kind of server may load weights from."""
+
+    def checkpoint(kind):
+        if kind not in REMOTE:
+            hub.save(small_model, tmp_path / "checkpoint")
+        elif not os.environ.get("GLM45_CHECKPOINT"):
+            pytest.skip("set GLM45_CHECKPOINT")
+        return os.environ["GLM45_CHECKPOINT"] if kind in REMOTE else tmp_path / "checkpoint"
+
+    return checkpoint
 
 
 def run(client, *calls):
@@ -87,49 +108,72 @@ def generate(**params):
     return lambda client: client.generate(PROMPT, SamplingParams(**params))
 
 
-def check_generation(client, num_top=3):
-    """What every server must do, whatever its model."""
-    greedy = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
-    first, again, several, top, healthy = run(
-        client,
-        generate(**greedy),
-        generate(**greedy),
-        generate(n=3, max_tokens=5, temperature=0.7, top_p=0.9, top_k=50, ignore_eos=True, seed=1),
-        generate(**greedy, top_logprobs=num_top),
+@pytest.mark.parametrize("kind", SERVERS)
+def test_greedy_is_repeatable_and_samples_come_in_order(client_of, kind):
+    first, again, several, healthy = run(
+        client_of(kind),
+        generate(**GREEDY),
+        generate(**GREEDY),
+        generate(n=3, max_tokens=5, temperature=0.7, top_p=0.9, top_k=50, min_p=0.01, ignore_eos=True, seed=1),
         lambda client: client.is_healthy(),
     )
     assert healthy
     assert [c.token_ids for c in first] == [c.token_ids for c in again]
     assert (len(first[0].token_ids), first[0].finish_reason) == (8, "length")
     assert [completion.index for completion in several] == [0, 1, 2]
-    for completion in first + several + top:
+    for completion in first + several:
         assert len(completion.logprobs) == len(completion.token_ids) == len(completion.weight_versions)
         assert all(logprob <= 1e-4 for logprob in completion.logprobs)
-    for token, logprob, likely in zip(top[0].token_ids, top[0].logprobs, top[0].top_logprobs, strict=num_top > 0):
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_top_logprobs_are_by_token(client_of, kind):
+    [[top]] = run(client_of(kind), generate(**GREEDY, top_logprobs=3))
+    assert len(top.top_logprobs) == 8
+    for token, logprob, likely in zip(top.token_ids, top.logprobs, top.top_logprobs, strict=True):
+        assert len(likely) == 3
         assert max(likely.values()) == pytest.approx(likely[token]) == pytest.approx(logprob, abs=1e-3)
-    stop = first[0].token_ids[2]
-    [[stopped]] = run_again(client, generate(**(greedy | {"stop_token_ids": (stop,)})))
-    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
-    assert stopped.token_ids[-1] == stop
 
 
-def run_again(client, *calls):
-    """A closed client is not reopened: run with a fresh one of the same address."""
-    return run(client.again(), *calls)
+@pytest.mark.parametrize("kind", SERVERS)
+def test_stop_tokens_and_stop_strings_end_a_sample(client_of, kind):
+    [[plain]] = run(client_of(kind), generate(**GREEDY))
+    stop, words = plain.token_ids[2], Constraint(grammar='root ::= "red green blue"')
+    [by_token], [by_text] = run(
+        client_of(kind),
+        generate(**GREEDY, stop_token_ids=(stop,)),
+        generate(max_tokens=40, stop=("green", "never"), constraint=words),
+    )
+    assert (by_token.finish_reason, by_token.stop_reason) == ("stop", stop)
+    assert by_token.token_ids == plain.token_ids[: plain.token_ids.index(stop) + 1]
+    assert (by_text.finish_reason, by_text.stop_reason, by_text.text) == ("stop", "green", "red ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_generation(client_of, kind):
-    client = client_of(kind)
-    client.again = lambda: client_of(kind)
-    check_generation(client, num_top=0 if kind == "vllm" else 3)  # our completions name tokens by text, not by id
+@pytest.mark.parametrize("kind", SERVERS)
+def test_bias_and_minimum_length_hold(client_of, kind):
+    [[plain]] = run(client_of(kind), generate(**GREEDY))
+    first = plain.token_ids[0]
+    wanted = next(token for token in (70, 71) if token != first)
+    [banned], [pushed], [long] = run(
+        client_of(kind),
+        generate(**GREEDY, logit_bias={first: -100}),
+        generate(**GREEDY, logit_bias={wanted: 100}),
+        generate(max_tokens=8, temperature=0.0, min_tokens=3, stop_token_ids=(first,)),
+    )
+    assert first not in banned.token_ids
+    assert set(pushed.token_ids) == {wanted}
+    assert len(long.token_ids) >= 3
+    assert first not in long.token_ids[:2]
 
 
-@pytest.mark.parametrize("kind", remote_only)
-def test_generation_of_a_real_server(client_of, kind):
-    client = client_of(kind, os.environ[REMOTE[kind]])
-    client.again = lambda: client_of(kind, os.environ[REMOTE[kind]])
-    check_generation(client)
+@pytest.mark.parametrize("kind", SERVERS)
+def test_constraints_hold_from_the_first_token_on(client_of, kind):
+    schema = Constraint(json_schema={"enum": ["red", "green"]}, reasoning=False)
+    grammar = Constraint(grammar='root ::= "yes" | "no"')
+    params = {"max_tokens": 40, "seed": 1, "n": 3, "detokenize": True}
+    red, yes = run(client_of(kind), *(generate(**params, constraint=each) for each in (schema, grammar)))
+    assert all(completion.text.startswith(('"red"', '"green"')) for completion in red)
+    assert all(completion.text.startswith(("yes", "no")) for completion in yes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +189,7 @@ def test_samples_and_logprobs_are_those_of_the_engine(client_of, small_model, fo
         torch.testing.assert_close(torch.tensor(completion.logprobs), reference, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["in-process", "sglang"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompt_logprobs(client_of, small_model, forward_logprobs, kind):
     [[completion]] = run(client_of(kind), generate(max_tokens=1, prompt_logprobs=True))
     assert completion.prompt_logprobs[0] is None
@@ -153,30 +197,56 @@ def test_prompt_logprobs(client_of, small_model, forward_logprobs, kind):
     torch.testing.assert_close(torch.tensor(completion.prompt_logprobs[1:]), reference, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["in-process", "sglang"])
-def test_new_weights_are_served_and_marked(client_of, small_model, forward_logprobs, tmp_path, kind):
+@pytest.mark.parametrize("kind", SERVERS)
+def test_prompt_logprobs_are_those_of_greedy_samples(client_of, kind):
+    """What was sampled has the same log-probabilities when it stands in the prompt."""
+    [[plain]] = run(client_of(kind), generate(**GREEDY))
+
+    async def scored(client):
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=True)
+        return await client.generate([*PROMPT, *plain.token_ids], params)
+
+    [[completion]] = run(client_of(kind), scored)
+    assert len(completion.prompt_logprobs) == len(PROMPT) + 8
+    assert completion.prompt_logprobs[len(PROMPT) :] == pytest.approx(plain.logprobs, abs=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_weights_are_served(client_of, small_model, forward_logprobs, tmp_path, kind):
     changed = copy.deepcopy(small_model)
     with torch.no_grad():
         changed.lm_head.weight.mul_(1.5)
     hub.save(changed, tmp_path / "checkpoint")
-    before, version, [after] = run(
-        client_of(kind),
-        generate(max_tokens=4, seed=1),
-        lambda client: client.update_weights(tmp_path / "checkpoint", version=5),
-        generate(max_tokens=4, seed=1),
+    _, [after] = run(
+        client_of(kind), lambda client: client.update_weights(tmp_path / "checkpoint"), generate(max_tokens=4, seed=1)
     )
-    assert version == 5
-    assert before[0].weight_versions == [0] * 4
-    assert after.weight_versions == [5] * 4
     reference = forward_logprobs(changed, PROMPT, after.token_ids)
     torch.testing.assert_close(torch.tensor(after.logprobs), reference, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", SERVERS)
+def test_tokens_carry_the_version_of_their_weights(client_of, checkpoint, kind):
+    version, [after] = run(
+        client_of(kind), lambda client: client.update_weights(checkpoint(kind), version=5), generate(**GREEDY)
+    )
+    assert version == 5
+    assert after.weight_versions == [5] * 8
+
+
 @pytest.mark.parametrize("kind", ["in-process", "sglang"])
+def test_a_version_out_of_range_is_a_value_error(client_of, checkpoint, kind):
+    async def refused(client):
+        with pytest.raises(ValueError, match="out of range"):
+            await client.update_weights(checkpoint(kind), version=2**70)
+
+    run(client_of(kind), refused)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
 def test_pause_holds_and_resume_lets_go(client_of, kind):
     async def held(client):
         await client.pause()
-        task = asyncio.ensure_future(client.generate(PROMPT, SamplingParams(max_tokens=2)))
+        task = asyncio.ensure_future(client.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True)))
         await asyncio.sleep(0.1)
         assert not task.done()
         await client.resume()
@@ -184,6 +254,23 @@ def test_pause_holds_and_resume_lets_go(client_of, kind):
 
     [[completion]] = run(client_of(kind), held)
     assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_new_weights_in_a_pause_meet_requests_under_way(client_of, checkpoint, kind):
+    """Pause, update, resume: what a trainer does while samples are being written."""
+
+    async def updated(client):
+        task = asyncio.ensure_future(client.generate(PROMPT, SamplingParams(max_tokens=400, ignore_eos=True)))
+        await asyncio.sleep(0.05)
+        await client.pause()
+        async with asyncio.timeout(60):
+            await client.update_weights(checkpoint(kind))
+        await client.resume()
+        return await task
+
+    [[completion]] = run(client_of(kind), updated)
+    assert (len(completion.token_ids), completion.finish_reason) == (400, "length")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,8 +300,24 @@ def test_over_http_weights_are_a_folder_and_grammars_text(client_of):
             await client.update_weights({})
         with pytest.raises(ValueError, match="a JSON schema or a grammar"):
             await client.generate(PROMPT, SamplingParams(constraint=Constraint(json_object=True)))
+        with pytest.raises(ValueError, match="set reasoning=False"):
+            await client.generate(PROMPT, SamplingParams(constraint=Constraint(json_schema={})))
 
-    run(client_of("sglang"), refused)
+    for kind in ("sglang", "vllm"):
+        run(client_of(kind), refused)
+
+
+def test_the_sglang_client_sends_a_schema_as_text():
+    """As SGLang reads it; there is none in the test environment."""
+    asked = []
+
+    def answer(request):
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=[])
+
+    client = SglangClient("http://x", transport=httpx.MockTransport(answer))
+    run(client, generate(constraint=Constraint(json_schema={"enum": [1]}, reasoning=False)))
+    assert asked[0]["sampling_params"]["json_schema"] == '{"enum": [1]}'
 
 
 def test_the_vllm_client_asks_what_vllm_documents(tmp_path):

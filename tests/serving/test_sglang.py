@@ -1,6 +1,11 @@
 """SGLang's endpoints: ids and log-probabilities for rollouts, weights and pauses; the engine is scripted."""
 
+import json
+
+import httpx
 import pytest
+
+from glm45.engine.request import Constraint
 
 
 def post(client, path, **body):
@@ -49,8 +54,6 @@ def test_weights_cannot_be_changed_without_admin(client):
 
 def test_weights_pause_and_continue(serve, engine):
     """With admin, versions move, failures are told, and a pause reaches the engine."""
-    import httpx
-
     with httpx.Client(base_url=serve(is_admin=True).url) as client:
         assert post(client, "/update_weights_from_disk", model_path="folder").json()["weight_version"] == 1
         named = post(client, "/update_weights_from_disk", model_path="folder", weight_version="7").json()

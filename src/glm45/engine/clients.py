@@ -6,6 +6,7 @@ its own words.
 """
 
 import asyncio
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -280,6 +281,8 @@ def _common_params(params: SamplingParams) -> dict[str, Any]:
     constraint = params.constraint
     if constraint is not None and (constraint.tools is not None or constraint.json_object):
         raise ValueError("over HTTP a constraint is a JSON schema or a grammar: write tools and objects as one")
+    if constraint is not None and constraint.json_schema is not None and constraint.reasoning:
+        raise ValueError("over HTTP a schema holds from the first token on: set reasoning=False")
     return body
 
 
@@ -294,8 +297,10 @@ def _sglang_params(params: SamplingParams) -> dict[str, Any]:
     if params.seed is not None:
         body["sampling_seed"] = params.seed
     if (constraint := params.constraint) is not None:
-        form = {"json_schema": constraint.json_schema, "ebnf": constraint.grammar}
-        body |= {key: value for key, value in form.items() if value is not None}
+        if constraint.json_schema is not None:
+            body["json_schema"] = json.dumps(constraint.json_schema)
+        else:
+            body["ebnf"] = constraint.grammar
     return body
 
 

@@ -5,6 +5,7 @@ Endpoints that change the engine for everyone are refused unless the server was 
 """
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -43,7 +44,7 @@ class SglangParams(Strict):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool = False
     logit_bias: dict[str, float] | None = None
-    json_schema: dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | None = Field(None, description="JSON text, or the schema itself.")
     ebnf: str | None = None
     skip_special_tokens: bool = Field(True, description="No effect: text holds special tokens as they are spelled.")
     no_stop_trim: bool = Field(False, description="Only false is offered.")
@@ -191,6 +192,19 @@ def _version(version: int | str | None) -> int | None:
         ) from None
 
 
+def _schema(given: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """Read a schema. Raises ValueError for text that is no JSON object."""
+    if not isinstance(given, str):
+        return given
+    try:
+        schema = json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema is no JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"json_schema is {given[:80]!r}: an object is needed")
+    return schema
+
+
 def _plan(body: GenerateRequest, service: Service) -> Plan:
     if (body.text is None) == (body.input_ids is None):
         raise ApiError(400, "give either text or input_ids", param="input_ids")
@@ -204,7 +218,7 @@ def _plan(body: GenerateRequest, service: Service) -> Plan:
         stop = [params.stop] if isinstance(params.stop, str) else params.stop or []
         constraint = None
         if params.json_schema is not None or params.ebnf is not None:
-            constraint = Constraint(json_schema=params.json_schema, grammar=params.ebnf)
+            constraint = Constraint(json_schema=_schema(params.json_schema), grammar=params.ebnf, reasoning=False)
         return Plan(
             prompt_ids,
             SamplingParams(

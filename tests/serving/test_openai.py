@@ -1,5 +1,6 @@
 """Chat completions, completions and models, as OpenAI's own client sees them; the engine is scripted."""
 
+import dataclasses
 import json
 
 import openai
@@ -274,6 +275,27 @@ def test_thinking_budget_closes_reasoning_and_answers(oai, engine, ids_of, token
     assert tokenizer.decode(thought.prompt).endswith("<|assistant|>\n<think>")
     assert answered.prompt[-1] == tokenizer.special_id("</think>")
     assert answered.params.max_tokens == 45
+
+
+@pytest.mark.parametrize("stop", [None, "never said"])
+def test_reasoning_that_ends_the_turn_keeps_its_words(oai, engine, tokenizer, monkeypatch, stop):
+    """Whether they come one by one or, with drafts, in one piece together with the token that ends the turn."""
+    engine.text = lambda prompt, index: (
+        "Hm, well.<|user|>" if prompt[-1] == tokenizer.special_id("<think>") else "\nForty-two.<|user|>"
+    )
+    one_by_one = engine.stream
+
+    async def in_one_piece(*arguments, **options):
+        deltas = [delta async for delta in one_by_one(*arguments, **options)]
+        names = ("token_ids", "logprobs", "weight_versions")
+        joined = {name: [each for delta in deltas for each in getattr(delta, name)] for name in names}
+        text = "".join(delta.text for delta in deltas) if stop else None
+        yield dataclasses.replace(deltas[-1], **joined, text=text)
+
+    for stream in (one_by_one, in_one_piece):
+        monkeypatch.setattr(engine, "stream", stream)
+        message = ask(oai, extra_body={"thinking_budget": 50}, stop=stop).choices[0].message
+        assert (message.reasoning_content, message.content) == ("Hm, well.", "Forty-two.")
 
 
 def test_grammar_holds_for_the_answer_and_not_for_the_reasoning(oai, engine, tokenizer):

@@ -59,7 +59,7 @@ async def think_then_answer(
                 return
             if delta.finish_reason is not None and thoughts[-1] in tokenizer.eos_token_ids:
                 thoughts.pop()
-                delta = _without_last_token(delta)
+                delta = _without_last_token(delta, tokenizer)
             yield replace(delta, finish_reason=None, stop_reason=None)
     num_sampled = len(thoughts)
     if thoughts[-1:] != [end]:
@@ -80,7 +80,7 @@ async def think_then_answer(
             yield replace(delta, index=index)
 
 
-def _without_last_token(delta: Delta) -> Delta:
+def _without_last_token(delta: Delta, tokenizer: Tokenizer) -> Delta:
     """Drop a token that would end the turn inside reasoning: the answer is still to come."""
     return replace(
         delta,
@@ -88,5 +88,5 @@ def _without_last_token(delta: Delta) -> Delta:
         logprobs=delta.logprobs[:-1],
         weight_versions=delta.weight_versions[:-1],
         top_logprobs=delta.top_logprobs[:-1],
-        text=None if delta.text is None else "",
+        text=None if delta.text is None else delta.text.removesuffix(tokenizer.decode(delta.token_ids[-1:])),
     )

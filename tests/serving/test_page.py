@@ -107,6 +107,52 @@ def test_stop(page, engine, how):
         page.wait_for_timeout(20)
 
 
+@pytest.mark.parametrize("how", ["stop", "length"])
+def test_a_call_that_is_cut_short_is_dropped(page, engine, how):
+    """Stopped or at the token limit, half a call leaves what was said before it, and the chat goes on."""
+    page.click("#open-settings")
+    page.fill("textarea[name=tools]", TOOLS)
+    page.click("#close-settings")
+    engine.text, engine.delay = CALL.partition("</arg_value>")[0] + " or" * 300, 0.02 if how == "stop" else 0.0
+    say(page, "weather?")
+    if how == "stop":
+        page.locator(".call").wait_for()
+        page.keyboard.press("Escape")
+    assert answer(page) == "One moment."
+    assert page.locator(".call").count() == 0
+    engine.text, engine.delay = "<think></think>\nIt is sunny.<|user|>", 0.0
+    say(page, "and now?")
+    page.get_by_text("It is sunny.").wait_for()
+
+
+def test_the_share_of_accepted_drafts_is_shown(page, engine):
+    """Of the drafts made while the answer was written."""
+    engine.text = lambda prompt, index: engine.stats_now.update(drafted_tokens=8, accepted_tokens=6) or "ok<|user|>"
+    say(page, "hi")
+    answer(page)
+    assert "MTP 75 % accepted" in page.locator(".assistant .figures").inner_text()
+
+
+def test_only_changed_settings_are_sent(page, engine):
+    """What nobody touched is the server's to choose: a checkpoint brings its own defaults."""
+
+    def sent():
+        with page.expect_request("**/v1/chat/completions") as asked:
+            say(page, "hi")
+        return asked.value.post_data_json
+
+    names = ("temperature", "top_p", "seed", "thinking")
+    assert not set(names) & set(sent())
+    answer(page)
+    page.click("#open-settings")
+    assert page.locator(".slider output").all_inner_texts() == ["default", "default"]
+    page.locator("input[name=top_p]").fill("0.5")
+    page.click("#close-settings")
+    request = sent()
+    assert request["top_p"] == 0.5
+    assert "temperature" not in request
+
+
 def test_tool_call_and_result(page, engine, tokenizer):
     """A call shows name and arguments, takes a result, and the answer goes on from it."""
     page.click("#open-settings")

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+import threading
 
 import pytest
 from rich.console import Console
@@ -62,6 +65,35 @@ def test_a_call_asks_for_its_result_and_goes_on(converse, engine, tokenizer, tmp
     assert "It is 3." in screen
     assert "<tool_response>\nthree\n</tool_response>" in tokenizer.decode(engine.asked[-1].prompt)
     assert [message["role"] for message in terminal.said.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("limit", [14, 20])
+def test_a_call_that_is_cut_short_is_dropped(converse, engine, tmp_path, limit):
+    """At the token limit, too: nobody could answer it, and the conversation goes on."""
+    (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
+    engine.text = (
+        "<think></think>\nWait.\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1 2 3 4 5 6 7 8 9</arg_value>"
+    )
+    terminal, screen = converse(f"/tools {tmp_path / 'tools.json'}", f"/set max_tokens={limit}", "1 + 2?", "hello?")
+    assert "cut at the token limit" in screen
+    assert [message["role"] for message in terminal.said.messages] == ["user", "assistant"] * 2
+    assert not any("tool_calls" in message for message in terminal.said.messages)
+
+
+def test_ctrl_c_stops_an_answer_of_which_nothing_has_come(converse, engine):
+    """Not only at the next token."""
+    engine.held = True
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    terminal, screen = converse("hi")
+    timer.join()
+    assert "stopped" in screen
+    assert terminal.said.messages[-1] == {"role": "assistant", "content": ""}
+
+
+def test_the_share_of_accepted_drafts_is_shown(converse, engine):
+    engine.text = lambda prompt, index: engine.stats_now.update(drafted_tokens=8, accepted_tokens=6) or "ok<|user|>"
+    assert "MTP 75% accepted" in converse("hi")[1]
 
 
 def test_commands(converse, tmp_path):

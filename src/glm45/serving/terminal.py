@@ -164,10 +164,24 @@ class Terminal:
         generation = Generation(
             plan, service.engine, service.tokenizer, service.metrics, service.new_id("chat-"), "terminal"
         )
-        stopped = asyncio.Event()
+        deltas: list[dict[str, Any]] = []
+        writing = asyncio.ensure_future(self._write(generation, deltas))
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, stopped.set)
-        writer, deltas = Writer(self.console), []
+        loop.add_signal_handler(signal.SIGINT, writing.cancel)
+        try:
+            await asyncio.wait({writing})
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        reason = None if writing.cancelled() else writing.result()
+        message = join_deltas(deltas)
+        message["content"] = message["content"] or ""
+        if reason != "tool_calls":
+            message.pop("tool_calls", None)  # a call that was cut short cannot be answered
+        return message, _figures(generation, reason)
+
+    async def _write(self, generation: Generation, deltas: list[dict[str, Any]]) -> str | None:
+        """Show an answer as it comes, collect its deltas and return why it ended."""
+        writer = Writer(self.console)
         reason: str | None = None
         try:
             async with aclosing(generation.pieces()) as pieces:
@@ -175,16 +189,9 @@ class Terminal:
                     deltas += piece.deltas
                     writer.write(piece.deltas)
                     reason = piece.finish_reason or reason
-                    if stopped.is_set():
-                        break
         finally:
             writer.end()
-            loop.remove_signal_handler(signal.SIGINT)
-        message = join_deltas(deltas)
-        message["content"] = message["content"] or ""
-        if reason is None:
-            message.pop("tool_calls", None)  # a call that was cut short cannot be answered
-        return message, _figures(generation, reason)
+        return reason
 
     # Commands
 

@@ -168,14 +168,13 @@ async function answer() {
 function finish(message, turn, clock) {
   $("status").textContent = "";
   if (!messages.includes(message)) return; // it was edited away meanwhile
-  if (!message.content && !message.reasoning_content && !message.tool_calls) {
-    messages.splice(messages.indexOf(message), 1);
-    show();
-  } else {
-    message._figures = clock.figures;
-    turn.update(false, new Map());
-    if (follows) toEnd();
-  }
+  message._figures = clock.figures;
+  const cut = message.tool_calls && clock.finish !== "tool_calls";
+  if (cut) delete message.tool_calls; // a call that was cut short cannot be answered
+  if (!message.content && !message.reasoning_content && !message.tool_calls) messages.splice(messages.indexOf(message), 1);
+  if (cut || !messages.includes(message)) show();
+  else turn.update(false, new Map());
+  if (follows) toEnd();
   save();
 }
 

@@ -2,7 +2,7 @@
 
 const STORE = "glm45.settings";
 const KEY = "glm45.key";
-const DEFAULTS = { system: "", thinking: "auto", temperature: "1", top_p: "1", top_k: "", min_p: "", repetition_penalty: "", seed: "", max_tokens: "", thinking_budget: "", tools: "", theme: "auto" };
+const DEFAULTS = { system: "", thinking: "auto", temperature: "", top_p: "", top_k: "", min_p: "", repetition_penalty: "", seed: "", max_tokens: "", thinking_budget: "", tools: "", theme: "auto" };
 const THINKING = ["auto", "on", "off"];
 const EXAMPLE = [
   {
@@ -23,7 +23,7 @@ export class Settings {
   constructor(onChange) {
     this.onChange = onChange;
     this.values = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(STORE) ?? "{}") };
-    form.addEventListener("input", () => this.read());
+    form.addEventListener("input", (event) => this.read(event.target));
     form.addEventListener("submit", (event) => event.preventDefault());
     $("tools-example").addEventListener("click", () => this.set("tools", JSON.stringify(EXAMPLE, null, 2)));
     $("defaults").addEventListener("click", () => { this.values = { ...DEFAULTS }; this.show(); });
@@ -43,10 +43,10 @@ export class Settings {
     this.show();
   }
 
-  read() {
-    const data = new FormData(form);
-    for (const name of Object.keys(DEFAULTS)) this.values[name] = data.get(name) ?? DEFAULTS[name];
-    sessionStorage.setItem(KEY, data.get("key") ?? "");
+  // Only what was changed: a slider that nobody moved leaves its setting to the server.
+  read(field) {
+    if (field.name === "key") sessionStorage.setItem(KEY, field.value);
+    else this.values[field.name] = field.value;
     this.show(false);
   }
 
@@ -54,11 +54,14 @@ export class Settings {
     if (fill) {
       for (const [name, value] of Object.entries(this.values)) {
         const field = form.elements.namedItem(name);
-        if (field) field.value = value;
+        if (field) field.value = value || (field.defaultValue ?? "");
       }
       form.elements.namedItem("key").value = this.key;
     }
-    for (const slider of form.querySelectorAll(".slider")) slider.querySelector("output").value = Number(slider.querySelector("input").value).toFixed(2);
+    for (const slider of form.querySelectorAll(".slider")) {
+      const value = this.values[slider.querySelector("input").name];
+      slider.querySelector("output").value = value === "" ? "default" : Number(value).toFixed(2);
+    }
     const { theme } = this.values;
     document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
     $("tools-error").hidden = !this.toolsProblem;
@@ -100,9 +103,7 @@ export class Settings {
   request(messages) {
     const { values } = this;
     const body = { messages: values.system.trim() ? [{ role: "system", content: values.system.trim() }, ...messages] : messages };
-    body.temperature = Number(values.temperature);
-    body.top_p = Number(values.top_p);
-    for (const name of ["top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "thinking_budget"]) {
+    for (const name of ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "thinking_budget"]) {
       if (values[name] !== "") body[name] = Number(values[name]);
     }
     if (values.thinking !== "auto") body.thinking = { type: values.thinking === "on" ? "enabled" : "disabled" };

@@ -101,6 +101,14 @@ def test_tool_calls_are_read_back_with_arguments_of_their_schema(engine):
     assert names == {"get_weather", "stop_it"}
 
 
+def test_under_a_grammar_a_request_alone_and_in_a_batch_give_the_same(engine):
+    params = SamplingParams(n=3, max_tokens=40, seed=4, constraint=Constraint(json_object=True, reasoning=False))
+    crowd = [SamplingParams(n=3, max_tokens=40, seed=i, top_p=0.9) for i in range(4)]
+    [alone] = engine.generate(["x"], params)
+    together = engine.generate(["x"] * 5, [*crowd, params])[-1]
+    assert [completion.token_ids for completion in together] == [completion.token_ids for completion in alone]
+
+
 def test_grammars_of_one_engine_do_not_mix(engine):
     """Calls of a tool without arguments, after a tool with some was compiled."""
     engine.compile(Constraint(tools=TOOLS[:1], reasoning=False))

@@ -2,7 +2,9 @@
 
 import asyncio
 import copy
+import gc
 import threading
+import tracemalloc
 from functools import partial
 
 import pytest
@@ -39,7 +41,13 @@ def tokens_of(results):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("config", "temperature"),
-    [({}, 1.0), (TIGHT, 0.7), ({"prefix_cache": False, "max_num_batched_tokens": 256}, 0.0)],
+    [
+        ({}, 1.0),
+        (TIGHT, 0.7),
+        ({"prefix_cache": False, "max_num_batched_tokens": 256}, 0.0),
+        ({"num_drafts": 3}, 1.0),
+        ({**TIGHT, "num_drafts": 2}, 0.7),
+    ],
 )
 def test_logprobs_are_those_of_the_training_forward(
     build, model, prompts, forward_logprobs, backend, config, temperature
@@ -50,20 +58,49 @@ def test_logprobs_are_those_of_the_training_forward(
         for completion in completions:
             expected = forward_logprobs(model, prompt, completion.token_ids, temperature)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
-    if config is TIGHT:
+    if "cache_tokens" in config:
         assert engine.stats()["preemptions"] > 0
 
 
+CUT = {"top_p": 0.9, "top_k": 50, "min_p": 0.01}
+SHAPED = {"repetition_penalty": 1.3, "logit_bias": {5: 2.0, 7: float("-inf")}, "min_tokens": 5, "top_logprobs": 2}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_drafts", [0, 2])
-def test_a_request_alone_and_in_a_full_batch_give_the_same(build, prompts, backend, num_drafts):
-    params = SamplingParams(n=2, max_tokens=20, seed=9)
-    crowd = [SamplingParams(n=2, max_tokens=20, seed=i) for i in range(len(prompts))]
-    alone = [tokens_of(build(backend=backend, num_drafts=num_drafts).generate([p], params))[0] for p in prompts]
+@pytest.mark.parametrize(("num_drafts", "more"), [(0, {}), (2, {}), (0, CUT), (2, CUT), (0, SHAPED), (2, SHAPED)])
+def test_a_request_alone_and_in_a_full_batch_give_the_same(build, prompts, backend, num_drafts, more):
+    """On the native backend log-probabilities, too, bit for bit; the crowd asks for other things."""
+    params = SamplingParams(n=2, max_tokens=20, seed=9, **more)
+    crowd = [SamplingParams(n=2, max_tokens=20, seed=i, **({}, CUT, SHAPED)[i % 3]) for i in range(len(prompts))]
+    lonely = build(backend=backend, num_drafts=num_drafts, prefix_cache=False)
+    alone = [lonely.generate([prompt], params)[0] for prompt in prompts]
     crowded = build(backend=backend, num_drafts=num_drafts, **TIGHT)
-    together = crowded.generate([*prompts, *prompts], [params] * len(prompts) + crowd)
-    assert tokens_of(together)[: len(prompts)] == alone
-    assert len({tuple(tokens) for tokens in alone[0]}) == 2  # samples of one prompt differ
+    together = crowded.generate([*prompts, *prompts], [params] * len(prompts) + crowd)[: len(prompts)]
+    assert tokens_of(together) == tokens_of(alone)
+    assert len({tuple(tokens) for tokens in tokens_of(alone)[0]}) == 2  # samples of one prompt differ
+    if backend == "native":
+        assert [[c.logprobs for c in few] for few in together] == [[c.logprobs for c in few] for few in alone]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_does_not_grow_with_the_number_of_requests(build, prompts, backend):
+    engine = build(tokenizer=Letters(), backend=backend, num_drafts=1, cache_tokens=1024)
+    params = SamplingParams(n=2, max_tokens=4, detokenize=True, top_logprobs=2)
+
+    def ask(count):
+        for start in range(0, count, 30):
+            some = [[(start + i) % 320, *prompts[(start + i) % len(prompts)]] for i in range(30)]
+            engine.generate(some, params)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = ask(90)  # every block of the cache has been used
+        assert ask(300) - before < 50_000, "more than 170 bytes a request"
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -40,6 +40,8 @@ OUTPUT_TOKENS = (64, 256)
 class Measured:
     """What the clients saw."""
 
+    until: float
+    """End of the measurement, by `time.perf_counter`: answers go on after it, and their tokens do not count."""
     first_token: list[float] = dataclasses.field(default_factory=list)
     inter_token: list[float] = dataclasses.field(default_factory=list)
     num_tokens: int = 0
@@ -93,7 +95,6 @@ async def one_answer(host: str, port: int, number: int, measured: Measured) -> N
             "ignore_eos": True,
             "return_token_ids": True,  # an event for every token: a random model also opens calls, which show nothing
             "stream": True,
-            "stream_options": {"include_usage": True},
             "chat_template_kwargs": {"enable_thinking": False},
         }
     ).encode()
@@ -103,12 +104,13 @@ async def one_answer(host: str, port: int, number: int, measured: Measured) -> N
     writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
     is_first, done = True, False
     while line := await reader.readline():
-        if b'"usage":{' in line:
-            measured.num_tokens += json.loads(line[6:])["usage"]["completion_tokens"]
-        elif line.startswith(b'data: {"error"') or (b"HTTP/1.1 " in line and b" 200 " not in line):
+        if line.startswith(b'data: {"error"') or (b"HTTP/1.1 " in line and b" 200 " not in line):
             measured.errors.append(line.decode().strip())
         elif b'"token_ids":[' in line:
             now = time.perf_counter()
+            if now < measured.until:
+                ids = line.partition(b'"token_ids":[')[2].partition(b"]")[0]
+                measured.num_tokens += ids.count(b",") + bool(ids)
             (measured.first_token if is_first else measured.inter_token).append(now - last)
             is_first, last = False, now
         done = done or line.startswith(b"data: [DONE]")
@@ -120,11 +122,10 @@ async def one_answer(host: str, port: int, number: int, measured: Measured) -> N
 
 async def soak(host: str, port: int, streams: int, seconds: float, pid: int | None) -> tuple[Measured, list[float]]:
     """Keep `streams` answers going for so long; also return the server's memory in MB at ten moments."""
-    measured, memory = Measured(), []
-    end = time.monotonic() + seconds
+    measured, memory = Measured(until=time.perf_counter() + seconds), []
 
     async def client(number: int) -> None:
-        while time.monotonic() < end:
+        while time.perf_counter() < measured.until:
             try:
                 await one_answer(host, port, number, measured)
             except OSError as error:
@@ -161,7 +162,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[str], int]:
 def report(measured: Measured, memory: list[float], seconds: float, alone: float | None) -> None:
     """Print what was measured."""
     rate = measured.num_tokens / seconds
-    print(f"{measured.num_answers} answers, {measured.num_tokens} tokens, {rate:.0f} tokens/s")
+    print(f"{measured.num_answers} answers, {measured.num_tokens} tokens in {seconds:g} s, {rate:.0f} tokens/s")
     print(f"errors: {len(measured.errors)} {measured.errors[:3]}")
     for name, values in (("first token", measured.first_token), ("inter-token", measured.inter_token)):
         percentiles = np.percentile(np.array(values) * 1000, [50, 90, 99, 100])

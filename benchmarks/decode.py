@@ -6,7 +6,8 @@ generated tokens per second, and ratios of times measured within one round. Run 
 
     python benchmarks/decode.py [--threads 1,2] [--batches 1,16,64,256] [--rounds 3] [--endpoint NAME=URL] [--json F]
 
-An endpoint (vLLM, llama.cpp's server) must serve the checkpoint that `--export FOLDER` writes.
+An endpoint (vLLM, llama.cpp's server) must serve the checkpoint that `--export FOLDER` writes; the environment variable
+GLM45_PEER names endpoints as well, for `make bench`.
 """
 
 import argparse
@@ -244,20 +245,25 @@ def run_threads(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
     parser.add_argument(
         "--batches", type=lambda text: [int(part) for part in text.split(",") if part], default=[1, 16, 64, 256]
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--endpoint", action="append", default=[], metavar="NAME=URL")
+    given = os.environ.get("GLM45_PEER", "").split()
+    parser.add_argument("--endpoint", action="append", default=given, metavar="NAME=URL")
     parser.add_argument("--export", help="write the checkpoint here, for an endpoint to serve")
     parser.add_argument("--rollouts", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--speculative", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     if options.worker:
         results = run_threads(options)
         if options.json:

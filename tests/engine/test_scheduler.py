@@ -1,5 +1,8 @@
 """Every request ends, budgets hold, owners are served fairly, and siblings share one prefill."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +126,15 @@ def test_abort_reaches_running_waiting_and_unforked_samples():
     assert scheduler.abort(waiting[0].request) == waiting
     assert not scheduler.has_work
     assert scheduler.num_waiting == scheduler.blocks.num_in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("room", "unknown"), [("scheduler", ("torch", "numpy")), ("native", ("glm45.text", "tokenizers"))]
+)
+def test_the_scheduler_knows_no_tensors_and_the_cache_no_text(room, unknown):
+    """Whatever a room imports, at any remove."""
+    program = f"import sys, glm45.engine.{room}; sys.exit(any(m.startswith({unknown}) for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_a_budget_below_one_token_a_sequence_is_refused():

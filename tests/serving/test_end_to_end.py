@@ -33,6 +33,7 @@ TOOL = {
 }
 MESSAGES = [{"role": "user", "content": "What is the weather in Paris?"}]
 OFF = {"enable_thinking": False}
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,47 @@ def test_a_schema_that_cannot_be_enforced_is_refused(oai):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
     with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
         ask(oai, response_format=form)
+
+
+JUNK = [5, -1.5, "x", "\ud800", [], {}, [1], [{}], {"a": 1}, {"type": "integer"}, ["string", "null"], True]
+KEYWORDS = ["type", "properties", "required", "items", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "pattern"]
+KEYWORDS += ["format", "minimum", "maxLength", "minItems", "maxItems", "additionalProperties", "prefixItems"]
+
+
+def test_no_schema_however_malformed_makes_a_server_error(real):
+    """Every keyword with every kind of value, as a tool's parameters, within them, and as the form of the answer."""
+
+    async def everything():
+        async with httpx.AsyncClient(base_url=real.url, timeout=120) as http:
+
+            async def post(more):
+                body = {"messages": MESSAGES, "max_tokens": 3, **OFF, **more}
+                return more, await http.post("/v1/chat/completions", content=json.dumps(body), headers=JSON)
+
+            for keyword in KEYWORDS:
+                asked = []
+                for value in JUNK:
+                    schema = {keyword: value}
+                    for parameters in (schema, {"properties": {"a": schema}}):
+                        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+                        asked.append({"tools": [tool], "tool_choice": "required"})
+                    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+                    asked.append({"response_format": form})
+                for more, response in await asyncio.gather(*map(post, asked)):
+                    assert response.status_code in (200, 400), (more, response.text)
+            for grammar in (
+                "",
+                "root",
+                "root ::=",
+                'root ::= root "a"',
+                'root ::= "a" | b',
+                "root ::= [",
+                "x ::= (" * 999,
+            ):
+                response = await http.post("/generate", json={"text": "a", "sampling_params": {"ebnf": grammar}})
+                assert response.status_code in (200, 400), (grammar, response.text)
+
+    asyncio.run(everything())
 
 
 def test_clients_that_leave_give_their_blocks_back(real):

@@ -12,6 +12,8 @@ import torch
 from glm45 import cli
 from glm45.config import to_dict
 from glm45.data.folder import describe_tokenizer, update_manifest
+from glm45.engine.engine import Engine
+from glm45.engine.request import SamplingParams
 from glm45.model import hub
 from glm45.recipes import catalogue
 from glm45.text.tokenizer import Tokenizer
@@ -53,6 +55,24 @@ def test_train_export_and_load(glm45, tmp_path):
     assert trained.config.rope_theta == 1e6
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_an_exported_run_answers_in_transformers_as_in_the_engine(glm45, tmp_path):
+    """Greedy tokens of a trained model are equal."""
+    transformers = pytest.importorskip("transformers", reason="the peer is not installed")
+    glm45("train", "toy", "--run", tmp_path / "run", "--processes", 1)
+    glm45("export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    prompts = [tokenizer.encode(text) for text in ("the sum of 3 and", "the cat", "sat on")]
+    with Engine(hub.load(tmp_path / "out")) as engine:
+        ours = engine.generate(prompts, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True))
+    peer = transformers.Glm4MoeForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    peer.generation_config.eos_token_id = None
+    for prompt, [completion] in zip(prompts, ours, strict=True):
+        theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        assert theirs[0, len(prompt) :].tolist() == completion.token_ids
+    assert len({completion.token_ids[0] for [completion] in ours}) > 1
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 
-from glm45.corpus import dedup
 from glm45.corpus.dedup import FastMinhashSignature, HideMadeDocuments, MinHash
 from glm45.corpus.document import WORDS
 
@@ -72,30 +70,7 @@ def test_numbers_case_and_punctuation_do_not_make_a_difference(signature):
     assert np.array_equal(signature.get_shingles(one), signature.get_shingles(two))
 
 
-def run_pipeline(folder: Path, tasks):
-    """The whole of both removals over documents of several tasks; returns the kept documents."""
-    config = MinHash()
-    for rank, documents in enumerate(tasks):
-        dedup.exact_signature(folder / "exact").run(documents, rank)
-    dedup.exact_find(folder / "exact", folder / "found").run()
-    survivors = []
-    for rank, documents in enumerate(tasks):
-        kept = list(dedup.exact_filter(folder / "found", folder / "drops").run(iter(documents), rank))
-        survivors.append(kept)
-        data = iter(kept)
-        for step in dedup.minhash_signature(folder / "near", config):
-            data = step.run(data, rank)
-    for bucket in range(config.num_buckets):
-        dedup.minhash_buckets(folder / "near", folder / "pairs", config).run(None, bucket, config.num_buckets)
-    dedup.minhash_cluster(folder / "pairs", folder / "remove", config).run()
-    return [
-        document
-        for rank, kept in enumerate(survivors)
-        for document in dedup.minhash_filter(folder / "remove", folder / "drops").run(iter(kept), rank)
-    ]
-
-
-def test_exact_and_near_duplicates_go_across_tasks_and_one_of_each_stays(tmp_path, make_document):
+def test_exact_and_near_duplicates_go_across_tasks_and_one_of_each_stays(deduplicated, make_document):
     tasks = [
         [make_document(text(1), path="a"), make_document(text(2), path="b"), make_document(text(3), path="c")],
         [],  # a task without documents
@@ -105,14 +80,14 @@ def test_exact_and_near_duplicates_go_across_tasks_and_one_of_each_stays(tmp_pat
             make_document(text(4), path="f"),
         ],
     ]
-    kept = [document.metadata["path"] for document in run_pipeline(tmp_path, tasks)]
+    kept = [document.metadata["path"] for document in deduplicated(tasks)]
     assert len(kept) == 4
     assert len({"a", "d"} & set(kept)) == 1
     assert len({"b", "e"} & set(kept)) == 1
     assert {"c", "f"} <= set(kept)
 
 
-def test_exercises_that_differ_in_their_numbers_stay(tmp_path, make_document):
+def test_exercises_that_differ_in_their_numbers_stay(deduplicated, make_document):
     """MinHash does not see digits; without care one exercise of thousands would be left."""
     tasks = [
         [
@@ -120,7 +95,7 @@ def test_exercises_that_differ_in_their_numbers_stay(tmp_path, make_document):
             for i in range(20)
         ]
     ]
-    assert len(run_pipeline(tmp_path, tasks)) == 20
+    assert len(deduplicated(tasks)) == 20
 
 
 def test_hidden_documents_keep_their_place(make_document):

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+from glm45.corpus import semantic
 from glm45.corpus.dedup import FastMinhashSignature, MinHash
 from glm45.corpus.document import WORDS, writer
 from glm45.corpus.quality import Quality
@@ -47,16 +48,6 @@ def pages(make_document):
     return documents
 
 
-def test_minhash_keeps_the_pages_of_a_template(tmp_path, pages):
-    """No band of their signatures agrees: what follows is not MinHash's work."""
-    step = FastMinhashSignature(str(tmp_path), MinHash().to_datatrove(), language=WORDS)
-    bands = [
-        set(map(tuple, step.get_signature(step.get_shingles(d.text)))) for d in pages if d.metadata["path"] in CITIES
-    ]
-    pairs = [(a, b) for i, a in enumerate(bands) for b in bands[:i]]
-    assert sum(bool(a & b) for a, b in pairs) / len(pairs) < 0.05
-
-
 def survivors(folder, documents, config):
     """The paths that SemDedup keeps of documents in three tasks, the middle one of which has none."""
     tasks = [documents[:30], documents[30:30], documents[30:]]
@@ -73,7 +64,8 @@ def survivors(folder, documents, config):
     ]
 
 
-def test_semdedup_removes_the_pages_of_a_template_but_the_best(tmp_path, pages):
+def test_minhash_keeps_the_pages_of_a_template_and_semdedup_removes_all_but_the_best(tmp_path, pages, deduplicated):
+    assert len(deduplicated([pages[:30], [], pages[30:]])) == len(pages)
     kept = survivors(tmp_path, pages, SemDedup(dimension=32))
     assert [path for path in kept if path in CITIES] == [CITIES[-1]]
     assert sum(path.startswith("page") for path in kept) == 40
@@ -112,6 +104,23 @@ def test_only_documents_of_a_group_are_compared_and_ungrouped_ones_stay():
     same = np.ones((4, 2), dtype=np.float16) / np.sqrt(2)
     rows = np.array([[0.1, 0, 10], [0.9, 0, 10], [0.5, 1, 10], [0.0, -1, 10]])
     assert semantic_duplicates([same[:2], same[2:]], rows, SemDedup(), seed=0).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_the_size_of_a_block_changes_nothing(monkeypatch, block):
+    """Fifty pages of one template among others, all in one cluster."""
+    monkeypatch.setattr(semantic, "MAX_BLOCK", block)
+    angles = np.concatenate([np.zeros(50), np.random.default_rng(0).uniform(0.5, 3.0, 50)])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
+    rows = np.array([[quality, 0, 1] for quality in np.random.default_rng(1).permutation(100)])
+    config = SemDedup(threshold=0.99, documents_per_cluster=100)
+    kept = np.flatnonzero(~semantic_duplicates([points], rows, config, seed=0))
+    expected: list[int] = []
+    for index in np.argsort(-rows[:, 0]):
+        if not any(float(points[index].astype(np.float32) @ points[k].astype(np.float32)) >= 0.99 for k in expected):
+            expected.append(index)
+    assert kept.tolist() == sorted(expected)
+    assert sum(kept < 50) == 1
 
 
 def test_a_chain_of_neighbours_is_not_removed_whole():

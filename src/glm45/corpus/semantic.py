@@ -3,7 +3,7 @@
 Documents are embedded (TF-IDF reduced by singular value decomposition, or MiniLM), clustered with k-means, and inside
 each cluster everything too similar to a better document is removed. Embeddings lie on disk, one file a task, and
 clusters are compared one at a time, so memory does not grow with the corpus's text.
-Shapes: N documents, F features, E embedding size, C documents of a cluster, K clusters.
+Shapes: N documents, F features, E embedding size, C documents of a cluster, B of a block, K of a block that stay.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from glm45.corpus.quality import Quality, bucket_thresholds, scorer_of
 from glm45.seeds import derive_seed
 
 NUM_FEATURES = 2**16
-MAX_CLUSTER = 4000  # documents of a cluster compared at once: 64 MB of similarities
+MAX_BLOCK = 4000  # documents of a cluster compared at once: 64 MB of similarities
 
 
 @configuration
@@ -249,18 +249,26 @@ def semantic_duplicates(parts: list[np.ndarray], rows_N3: np.ndarray, config: Se
                 continue
             members = inside[rows_N3[inside, 1] == group]
             best_first = members[np.lexsort((members, -rows_N3[members, 2], -rows_N3[members, 0]))]
-            for start in range(0, len(best_first), MAX_CLUSTER):
-                block = best_first[start : start + MAX_CLUSTER]
-                remove_N[block] = _worse_than_similar(_take(parts, block), config.threshold)
+            remove_N[best_first] = _worse_than_similar(parts, best_first, config.threshold)
     return remove_N
 
 
-def _worse_than_similar(embeddings_CE: np.ndarray, threshold: float) -> np.ndarray:
-    """Return which rows, best first, are as similar as `threshold` to an earlier row that stays, bool [C]."""
-    similar_CC = embeddings_CE @ embeddings_CE.T >= threshold
-    removed_C = np.zeros(len(embeddings_CE), dtype=bool)
-    for index in range(1, len(embeddings_CE)):
-        removed_C[index] = bool(np.any(similar_CC[index, :index] & ~removed_C[:index]))
+def _worse_than_similar(parts: list[np.ndarray], best_first_C: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which documents, best first, are as similar as `threshold` to an earlier one that stays, bool [C].
+
+    A block is compared with those of the earlier ones that stay, then within itself: memory does not grow with C.
+    """
+    removed_C = np.zeros(len(best_first_C), dtype=bool)
+    for start in range(0, len(best_first_C), MAX_BLOCK):
+        here = slice(start, start + MAX_BLOCK)
+        block_BE, removed_B = _take(parts, best_first_C[here]), removed_C[here]
+        for first in range(0, start, MAX_BLOCK):
+            before = slice(first, first + MAX_BLOCK)
+            staying_KE = _take(parts, best_first_C[before][~removed_C[before]])
+            removed_B |= np.any(block_BE @ staying_KE.T >= threshold, axis=1)
+        similar_BB = block_BE @ block_BE.T >= threshold
+        for index in range(1, len(block_BE)):
+            removed_B[index] |= np.any(similar_BB[index, :index] & ~removed_B[:index])
     return removed_C
 
 

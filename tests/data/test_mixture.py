@@ -40,6 +40,7 @@ def test_a_dataset_belongs_to_its_first_pattern():
         ({"books.*": 1}, "no dataset matches 'books.*'"),
         (Mixture(repeats={"*.best": 2}), "no dataset matches '\\*.best'"),
         ({"web.heldout": 1}, "held out for evaluation"),
+        ({"web.high|web.heldout": 1}, "held out for evaluation"),
         ({"*": 1, "web.high": 1}, "put the narrower pattern first"),
         (Mixture(weights={"web.low": 1}, repeats={"*.low": 0}), "repeats discards web.low"),
     ],

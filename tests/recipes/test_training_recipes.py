@@ -3,8 +3,10 @@
 import pytest
 
 from glm45.config import from_dict, to_dict
+from glm45.data.mixture import shares
 from glm45.recipes.catalogue import TRAINING, training_recipe
 from glm45.recipes.parts import report_stages
+from glm45.recipes.whole import whole_run
 from glm45.training.estimate import check_memory
 from glm45.training.run import TrainConfig
 from glm45.training.schedule import Plan
@@ -56,3 +58,12 @@ def test_large_recipes_fit_80_gb_by_estimate_and_no_less_is_said_to_fit(name):
     check_memory(recipe, 80e9, "a GPU of 80 GB")
     with pytest.raises(MemoryError, match=r"a rank needs about .* GB .* and a GPU has 8.0 GB: raise layout.shard"):
         check_memory(recipe, 8e9, "a GPU")
+
+
+@pytest.mark.parametrize("name", ["nano_cpu", "one_gpu"])
+def test_larger_runs_read_web_pages_as_prose_where_there_are_some(name):
+    general = whole_run(name).training.stages[0].mixture
+    tokens = dict.fromkeys(["a-prose.high", "a-code.high", "a-codeweb.high"], 100)
+    assert shares(general, tokens)["a-prose.high"] == pytest.approx(0.5)
+    both = shares(general, tokens | {"a-web.high": 100, "a-web.heldout": 9})
+    assert both["a-web.high"] == both["a-prose.high"] == pytest.approx(0.25)

@@ -20,7 +20,7 @@ BITS = 30  # fixed-point precision of a share; rows are counted up to 2 ** (63 -
 
 @configuration
 class Mixture:
-    """A table of weights over datasets, by name or by pattern such as `*.high` or `code-*.*`.
+    """A table of weights over datasets, by name or by pattern such as `*.high` or `code-*.*`; `|` parts alternatives.
 
     A dataset belongs to the first weight whose pattern it matches. The weight is divided among the datasets of its
     pattern in proportion to their tokens times their repeats, so that `Mixture(repeats={"*.high": 3.2, "*.low": 0})`
@@ -57,7 +57,7 @@ def shares(mixture: Mixture | Mapping[str, float], tokens: Mapping[str, int]) ->
     effective = {name: tokens[name] * _first_match(mixture.repeats, name, default=1.0) for name in names}
     members: dict[str, list[str]] = {pattern: [] for pattern in mixture.weights}
     for name in names:
-        first = next((pattern for pattern in mixture.weights if fnmatchcase(name, pattern)), None)
+        first = next((pattern for pattern in mixture.weights if _matches(name, pattern)), None)
         if first is not None:
             members[first].append(name)
     total = sum(mixture.weights.values())
@@ -157,13 +157,17 @@ def _build_tree(datasets: list[int], share_D: Sequence[float], rng: np.random.Ge
 
 
 def _first_match(table: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), default)
+    return next((value for pattern, value in table.items() if _matches(name, pattern)), default)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return any(fnmatchcase(name, alternative) for alternative in pattern.split("|"))
 
 
 def _refuse_unknown(pattern: str, names: Sequence[str]) -> None:
-    if pattern.endswith(f".{HELD_OUT}"):
+    if any(alternative.endswith(f".{HELD_OUT}") for alternative in pattern.split("|")):
         raise ValueError(f"mixture: {pattern!r} is held out for evaluation and cannot be trained on: leave it out")
-    if any(fnmatchcase(name, pattern) for name in names):
+    if any(_matches(name, pattern) for name in names):
         return
     near = difflib.get_close_matches(pattern, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"datasets here: {', '.join(names) or 'none'}"

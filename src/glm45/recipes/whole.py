@@ -163,7 +163,9 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
         corpus="full",
         vocab_size=training.model.vocab_size,
         conversations=dict.fromkeys(whole.conversations, conversations),
-        training=dataclasses.replace(training, stages=demo_training.on_corpus_and_chats(training.stages)),
+        training=dataclasses.replace(
+            training, stages=demo_training.on_corpus_and_chats(training.stages, demo_training.PROSE_AND_WEB)
+        ),
         iteration=dataclasses.replace(
             whole.iteration,
             experts=tuple(experts),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,10 +93,16 @@ def read_bytes(package: str, file: str) -> bytes:
     path = _path(wheel, benchmark_folder())
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: fetch the benchmarks' packages with glm45 eval --fetch")
+    stat = path.stat()
+    return _open(wheel, path, stat.st_size, stat.st_mtime_ns).read(file)
+
+
+@cache
+def _open(wheel: Wheel, path: Path, size: int, modified_ns: int) -> zipfile.ZipFile:
+    """Check and open a package once: some benchmarks read a hundred of its files."""
     if hashlib.sha256(path.read_bytes()).hexdigest() != wheel.sha256:
         raise ValueError(f"{path} is not {wheel.name} {wheel.version} as published: delete it and fetch it again")
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(file)
+    return zipfile.ZipFile(path)
 
 
 def _path(wheel: Wheel, folder: Path) -> Path:

@@ -25,7 +25,7 @@ TOKENIZER_SAMPLE = 20_000_000
 """Bytes of text that a tokenizer is trained on. Not in the report."""
 CHUNK = 1 << 20  # bytes of lines that a worker encodes at once
 NUM_EXAMPLES = 5  # rejected documents named in the manifest for each reason
-DATASET_NAME = re.compile(r"(?P<dataset>.+?\.[A-Za-z]\w*?)(?:[-_.]\d+)*")
+DATASET_NAME = re.compile(r"(?P<dataset>.+?\.[A-Za-z]\w*)(?:[-.]\d+)*")
 
 
 def tokenize_folder(
@@ -83,8 +83,8 @@ def tokenize_datasets(
 def find_datasets(documents_dir: Path) -> dict[str, list[Path]]:
     """Return the document files of every dataset, both sorted by name.
 
-    A dataset is a folder `<source>.<bucket>/` of files, or the files `<source>.<bucket>*`. Raises ValueError if there
-    are none, or for a file or folder of documents whose name says no source and bucket.
+    A dataset is a folder `<source>.<bucket>/` of files, or the files `<source>.<bucket>`, numbered after `-` or `.`.
+    Raises ValueError if there are none, or for a file or folder of documents whose name says no source and bucket.
     """
     datasets: dict[str, list[Path]] = {}
     for path in sorted(documents_dir.iterdir()) if documents_dir.is_dir() else ():

@@ -57,7 +57,8 @@ def adopt(path: Path) -> dict[str, Any]:
     """Describe shards that another system made, so that training accepts the folder; return the manifest's entries.
 
     `path` holds `tokenizer/` and, in `shards/`, Megatron's `.bin`/`.idx` pairs. A pair bears the name of its dataset,
-    such as `web.high`; pairs that differ only in a final number (`web.high-00000`, ...) are one dataset.
+    such as `web.high`; pairs that differ only in a final number after `-` or `.`
+    (`web.high-00000`, ...) are one dataset.
 
     Raises ValueError if there are none, or for a token that the tokenizer does not have.
     """
@@ -70,7 +71,7 @@ def adopt(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{prefix}.bin holds token {highest}, the tokenizer has {tokenizer.vocab_size}: it is another's"
             )
-        entry, name = describe(prefix), re.sub(r"[-_.]\d+$", "", prefix.name)
+        entry, name = describe(prefix), re.sub(r"[-.]\d+$", "", prefix.name)
         known = datasets.setdefault(name, {"documents": 0, "tokens": 0, "shards": [], "files": {}})
         known["documents"] += entry["documents"]
         known["tokens"] += entry["tokens"]

@@ -3,7 +3,7 @@ import json
 import httpx
 import pytest
 
-from glm45.corpus.reasoning import arithmetic_documents, ask_scores, teach
+from glm45.corpus.reasoning import UnreadableScoreError, arithmetic_documents, ask_score, read_score, teach
 
 
 def test_arithmetic_documents_are_right_and_never_repeat_a_prompt():
@@ -35,13 +35,24 @@ def test_only_a_teachers_verified_answers_are_kept():
     tasks = [{"prompt": "2+2?", "answer": "4"}]
     records, counts = teach(tasks, lambda a, b: a == b, url="http://t", model="m", client=client(replies))
     assert counts == {"accepted": 2, "wrong": 1, "no answer": 1}
-    assert records == [{"text": "2+2?\n\nSo.\n\nAnswer: 4\n", "prompt": "2+2?", "answer": "4"}]
+    assert records == [{"text": "2+2?\n\nSo.\n\nAnswer: 4\n", "prompt": "2+2?", "answer": "4", "kind": "reasoning"}]
 
 
-def test_scores_are_read_from_an_endpoint_and_nonsense_is_an_error():
-    assert ask_scores(["a", "b"], "How much?", url="http://t", model="m", client=client(["75"])) == [0.75, 0.75]
-    with pytest.raises(ValueError, match="a number"):
-        ask_scores(["a"], "How much?", url="http://t", model="m", client=client(["plenty"]))
+def test_scores_are_read_from_an_endpoint():
+    assert ask_score("a", "How much?", url="http://t", model="m", client=client(["75"])) == 0.75
+
+
+@pytest.mark.parametrize("reply", ["80", " 80.0%\n", "80/100", "80 out of 100.", "I'd say 80. It is good.", "**80**"])
+def test_the_only_number_of_a_reply_is_its_score(reply):
+    assert read_score(reply) == 0.8
+
+
+@pytest.mark.parametrize(
+    "reply", ["plenty", "", "Between 10 and 20", "8/10", "800", "-8", "1,000", "I can't: rule 7, 8"]
+)
+def test_a_reply_that_is_not_one_number_is_a_readable_error(reply):
+    with pytest.raises(UnreadableScoreError, match="not one number from 0 to 100"):
+        read_score(reply)
 
 
 def test_an_unreachable_teacher_is_a_clear_error():
@@ -49,4 +60,10 @@ def test_an_unreachable_teacher_is_a_clear_error():
         raise httpx.ConnectError("refused")
 
     with pytest.raises(OSError, match=r"http://t.*refused"):
-        ask_scores(["a"], "?", url="http://t", model="m", client=httpx.Client(transport=httpx.MockTransport(refuse)))
+        ask_score("a", "?", url="http://t", model="m", client=httpx.Client(transport=httpx.MockTransport(refuse)))
+
+
+def test_an_endpoint_of_another_kind_is_a_clear_error():
+    answer = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>"))
+    with pytest.raises(OSError, match="http://t did not answer as an OpenAI-style endpoint: '<html>'"):
+        ask_score("a", "?", url="http://t", model="m", client=httpx.Client(transport=answer))

@@ -1,5 +1,6 @@
 """Synthetic reasoning: verified question, reasoning and answer, from procedures and from a teacher model."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from glm45.corpus.arithmetic import generate_documents
 
 PROMPT = "Think step by step, then give the final answer alone on the last line after 'Answer:'.\n\n"
 TIMEOUT_SECONDS = 120.0
+_OF_HUNDRED = re.compile(r"(?<=\d)\s*(?:/|out of)\s*100\b")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 
 
 def arithmetic_documents(source: str, seed: int, count: int) -> Iterator[Document]:
@@ -50,9 +53,8 @@ def teach(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Ask an OpenAI-style teacher for worked answers and keep those that `verify(answer, reference)` accepts.
 
-    Each task has `prompt` and `answer`. Returns one JSONL record (`text`, `prompt`, `answer`) for every task of which
-    a sample was right, the shortest, and counts of what came of the samples. Raises OSError if the teacher is not
-    reachable.
+    Each task has `prompt` and `answer`. Returns one record of a `jsonl` source for every task of which a sample was
+    right, the shortest, and counts of what came of the samples. Raises OSError if the teacher is not reachable.
     """
     counts = {"accepted": 0, "wrong": 0, "no answer": 0}
     records = []
@@ -66,26 +68,31 @@ def teach(
             if outcome == "accepted":
                 accepted.append(f"{task['prompt']}\n\n{reasoning.strip()}\n\nAnswer: {answer.strip()}\n")
         if accepted:
-            records.append({"text": min(accepted, key=len), "prompt": task["prompt"], "answer": task["answer"]})
+            worked = {"text": min(accepted, key=len), "prompt": task["prompt"], "answer": task["answer"]}
+            records.append(worked | {"kind": "reasoning"})
     return records, counts
 
 
-def ask_scores(
-    texts: list[str], question: str, *, url: str, model: str, client: httpx.Client | None = None
-) -> list[float]:
-    """Return a score between 0 and 1 of every text, as an OpenAI-style endpoint judges it.
+class UnreadableScoreError(ValueError):
+    """A judge's reply that does not hold one number from 0 to 100, such as a refusal."""
 
-    Raises ValueError for a reply that holds no number, OSError if the endpoint is not reachable.
+
+def ask_score(text: str, question: str, *, url: str, model: str, client: httpx.Client | None = None) -> float:
+    """Return a score between 0 and 1 of a text, as an OpenAI-style endpoint judges it.
+
+    Raises UnreadableScoreError for a reply without one number, OSError if the endpoint is not reachable.
     """
     client = client or httpx.Client(timeout=TIMEOUT_SECONDS)
-    scores = []
-    for text in texts:
-        reply = _ask(client, url, model, f"{question} Reply with a number from 0 to 100 only.\n\n{text[:4000]}", 1)[0]
-        digits = "".join(character for character in reply.split("%")[0] if character.isdigit() or character == ".")
-        if not digits:
-            raise ValueError(f"{model} replied {reply[:80]!r}: a number from 0 to 100 was asked for")
-        scores.append(min(float(digits), 100.0) / 100)
-    return scores
+    prompt = f"{question} Reply with a number from 0 to 100 only.\n\n{text[:4000]}"
+    return read_score(next(iter(_ask(client, url, model, prompt, 1)), ""))
+
+
+def read_score(reply: str) -> float:
+    """Return the only number of a reply as a share of 100: of "80", "80 %", "80/100" and "I'd say 80." it is 0.8."""
+    numbers = _NUMBER.findall(_OF_HUNDRED.sub("", reply))
+    if len(numbers) != 1 or not 0 <= float(numbers[0]) <= 100:
+        raise UnreadableScoreError(f"the reply {reply[:80]!r} is not one number from 0 to 100, which was asked for")
+    return float(numbers[0]) / 100
 
 
 def _ask(client: httpx.Client, url: str, model: str, prompt: str, samples: int) -> list[str]:
@@ -98,6 +105,8 @@ def _ask(client: httpx.Client, url: str, model: str, prompt: str, samples: int) 
     try:
         response = client.post(f"{url.rstrip('/')}/chat/completions", json=body)
         response.raise_for_status()
+        return [choice["message"]["content"] or "" for choice in response.json()["choices"]]
     except httpx.HTTPError as error:
         raise OSError(f"{url}: {error}") from None
-    return [choice["message"]["content"] or "" for choice in response.json()["choices"]]
+    except (ValueError, KeyError, TypeError):
+        raise OSError(f"{url} did not answer as an OpenAI-style endpoint: {response.text[:80]!r}") from None

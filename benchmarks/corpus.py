@@ -84,7 +84,7 @@ def benchmark_steps(rounds: int) -> None:
     from glm45.corpus.dedup import FastMinhashSignature, MinHash
     from glm45.corpus.document import WORDS, DropLog
     from glm45.corpus.extract import docstrings, html_text
-    from glm45.corpus.quality import Quality, input_line, score, shipped_seeds, train
+    from glm45.corpus.quality import Quality, input_line, labelled_seeds, score, train
     from glm45.corpus.rules import RuleFilter, Rules
     from glm45.corpus.semantic import TfidfEmbedder
 
@@ -98,7 +98,7 @@ def benchmark_steps(rounds: int) -> None:
         ours = FastMinhashSignature(folder, config, language=WORDS)
         theirs_config = dataclasses.replace(config, hash_config=HashConfig(hash_fc="sha1"))
         theirs = MinhashDedupSignature(folder, theirs_config, language=WORDS)
-        model = train(list(shipped_seeds("prose", "")), path / "prose.bin", Quality(), seed=0)
+        model = train(list(labelled_seeds("prose", Quality())), path / "prose.bin", Quality(), seed=0)
         embedder = TfidfEmbedder.fit([text[:4000] for text in code], 128)
 
         def judge(texts: list[str], kind: str) -> None:

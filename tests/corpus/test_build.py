@@ -1,5 +1,6 @@
 """Whole builds of a small folder: what comes out, going on after a kill, bad input, the report page."""
 
+import dataclasses
 import json
 import os
 import random
@@ -7,19 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
 from glm45.config import override, to_dict
-from glm45.corpus.build import CorpusRecipe, build
-from glm45.corpus.document import reader
+from glm45.corpus.build import CorpusRecipe, build, corpus_key, not_installed
+from glm45.corpus.decontaminate import Decontamination
+from glm45.corpus.document import DropLog, Tally, reader
+from glm45.corpus.pipeline import corpus_chain
+from glm45.corpus.quality import Quality
+from glm45.corpus.read import RequireDocuments
 from glm45.corpus.recipe import load
 from glm45.corpus.report import write_report
 from glm45.corpus.semantic import SemDedup
 from glm45.corpus.sources import Source
 from glm45.corpus.steps import Executor
 from glm45.data.splits import is_held_out
+from glm45.text.tokenizer import Tokenizer
 
 
 def words(source):
@@ -62,6 +69,17 @@ def folder(tmp_path_factory):
                 for n in range(5)
             )
             (root / package / f"module{index}.py").write_text(code)
+        for index in range(10):
+            source = random.Random(f"web{package}{index}")
+            paragraphs = "".join(f"<p>{line}</p>" for line in page(source).split("\n"))
+            code = f"<pre>{' = '.join(words(source)[:5])}</pre>"
+            (root / package / f"page{index}.html").write_text(
+                f"<html><body><main>{paragraphs}{code}</main></body></html>"
+            )
+        for index in range(3):
+            own = [word for seed in range(9) for word in words(random.Random(f"long{package}{index}{seed}"))]
+            code = "".join(f"def {name}(x):\n    return x + {n}\n\n\n" for n, name in enumerate(own))
+            (root / package / f"long{index}.py").write_text(code)
     first = (root / "alpha" / "page0.md").read_text()
     (root / "beta" / "copy.md").write_text(first)
     (root / "beta" / "nearly.md").write_text(first.replace("anybody", "everybody", 1))
@@ -81,6 +99,7 @@ def recipe(folder):
         vocab_size=400,
         semdedup=SemDedup(threshold=0.9999),  # pages from ten frames are what it is there to remove
         held_out_fraction=0.1,
+        long_characters=4000,
         executor=Executor(workers=1),
     )
 
@@ -128,7 +147,12 @@ def test_datasets_hold_what_their_names_say(built):
         "sums-reasoning.medium",
     } <= names
     assert {"own-prose.heldout", "sums-reasoning.heldout"} & names
+    for kind in ("code-long", "codeweb"):
+        assert {f"own-{kind}.high", f"own-{kind}.medium"} & names
     assert not any(name.endswith(".low") for name in names)
+    for document in documents(out, manifest):
+        long = document.metadata["kind"] == "code" and len(document.text) > 5000  # some are cut for fill-in-the-middle
+        assert not long or "-long." in document.metadata["dataset"] or document.metadata["bucket"] == "heldout"
     assert sum(entry["documents"] for entry in manifest["datasets"].values()) == len(documents(out, manifest))
 
 
@@ -150,14 +174,88 @@ def test_the_report_shows_buckets_reasons_and_texts(built):
     assert "{{" not in page
 
 
+@pytest.mark.slow
+def test_a_corpus_that_is_to_be_tokenized_later_has_a_report(built, tmp_path):
+    out, manifest = built
+    untokenized = {key: value for key, value in manifest.items() if key != "tokenizer"}
+    place = {"datasets": {}, "documents": os.path.relpath(out / manifest["documents"], tmp_path)}
+    (tmp_path / "manifest.json").write_text(json.dumps(untokenized | place))
+    assert "own-prose.high" in write_report(tmp_path).read_text()
+
+
+def first_changed_step(recipe, work, change):
+    """The first step that runs again when an input changes while the recipe stays."""
+    before = corpus_chain(recipe, work, work).chain.steps
+    change()
+    after = corpus_chain(recipe, work, work).chain.steps
+    return next((step.name for (step, old), (_, new) in zip(before, after, strict=True) if old != new), None)
+
+
+def test_a_changed_input_runs_what_depends_on_it_again(tmp_path, monkeypatch):
+    texts, exam, seeds = tmp_path / "texts", tmp_path / "exam.jsonl", tmp_path / "seeds.jsonl"
+    texts.mkdir()
+    for path in (texts / "a.txt", exam, seeds):
+        path.write_text("{}\n")
+    recipe = CorpusRecipe(
+        sources=(
+            Source(name="own", reader="folder", path=str(texts)),
+            Source(name="there", reader="installed", packages=("numpy", "no-such-package")),
+        ),
+        decontamination=Decontamination(files=(str(tmp_path / "*.jsonl"),)),
+        quality=Quality(seeds=str(seeds)),
+    )
+    again = partial(first_changed_step, recipe, tmp_path)
+    assert again(lambda: None) is None
+    assert again(lambda: (texts / "b.txt").write_text("more")) == "plan"
+    assert again(lambda: os.utime(texts / "a.txt", (1, 1))) == "plan"
+    assert again(lambda: exam.write_text('{"question": "?"}\n')) == "unique"
+    assert again(lambda: monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")) == "plan"
+    recipe = dataclasses.replace(recipe, decontamination=Decontamination())
+    assert first_changed_step(recipe, tmp_path, lambda: seeds.write_text("\n")) == "fit"
+    assert not list(tmp_path.glob("*-plan-*"))
+
+
+def test_another_tokenizer_in_the_same_folder_makes_another_corpus(tmp_path):
+    recipe = CorpusRecipe(sources=(Source(name="s", reader="generated"),), tokenizer=str(tmp_path))
+    keys = set()
+    for text in ("one one one two", "three three three four"):
+        Tokenizer.train([text * 50], 300).save(tmp_path)
+        keys.add(corpus_key(recipe, corpus_chain(recipe, tmp_path, tmp_path)))
+    assert len(keys) == 2
+
+
+def test_each_number_of_tasks_has_a_plan_of_its_own(recipe, tmp_path):
+    plans = {corpus_chain(override(recipe, [f"num_tasks={n}"]), tmp_path, tmp_path).plan for n in (2, 3)}
+    assert len(plans) == 2
+
+
+def test_a_source_without_a_document_is_named_with_the_reasons(tmp_path, make_document):
+    list(Tally(tmp_path / "in").run([make_document("x", source="good")]))
+    with DropLog(tmp_path / "skipped") as log:
+        log.add("bad", "undecodable bytes", "bad/1", "")
+        log.add("bad", "undecodable bytes", "bad/2", "")
+    sources = [Source(name=name, reader="stdlib") for name in ("good", "bad", "empty")]
+    with pytest.raises(ValueError, match=r"source bad gave no document \(2 x undecodable bytes\)"):
+        RequireDocuments(tuple(sources), tmp_path / "in", tmp_path / "skipped").run()
+    with pytest.raises(ValueError, match=r"source empty gave no document \(no file is included\)"):
+        RequireDocuments((sources[0], sources[2]), tmp_path / "in", tmp_path / "skipped").run()
+    RequireDocuments(tuple(sources[:1]), tmp_path / "in", tmp_path / "skipped").run()
+
+
+def test_packages_that_are_not_installed_are_listed():
+    source = Source(name="there", reader="installed", packages=("numpy", "no-such-package"))
+    assert not_installed(CorpusRecipe(sources=(source,))) == {"there": ["no-such-package"]}
+
+
 def test_a_report_needs_a_built_corpus(tmp_path):
     with pytest.raises(FileNotFoundError, match="data build"):
         write_report(tmp_path)
 
 
 def without_times(manifest):
-    """Everything but how long it took and how many workers there were."""
-    return {key: value for key, value in manifest.items() if key not in ("seconds", "recipe")}
+    """Everything but how long it took, how many workers there were and what it was compared with."""
+    left_out = ("seconds", "recipe", "key", "decontamination")
+    return {key: value for key, value in manifest.items() if key not in left_out}
 
 
 @pytest.mark.slow
@@ -178,7 +276,11 @@ def test_a_killed_build_goes_on_and_ends_as_if_it_had_not_been(built, recipe, tm
     finished = marker.stat().st_mtime_ns
     subprocess.run(command, check=True, capture_output=True)
     assert marker.stat().st_mtime_ns == finished
-    assert without_times(json.loads((out / "manifest.json").read_text())) == without_times(expected)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert without_times(manifest) == without_times(expected)
+    compared = manifest["decontamination"]  # by the command; nothing in these made-up texts is contaminated
+    assert compared["compared"]["long.jsonl"] == 200
+    assert "ifeval" in compared["not_compared"] or compared["compared"]["ifeval.jsonl"] == 541
 
 
 @pytest.mark.slow

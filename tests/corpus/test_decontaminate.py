@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from glm45.corpus.decontaminate import Decontaminate, Decontamination, evaluation_items
+from glm45.corpus.decontaminate import Decontaminate, Decontamination, evaluation_files, evaluation_items
 
 QUESTION = "A farmer has seventeen sheep and all but nine of them run away over the hill, how many are left"
 
@@ -38,4 +38,21 @@ def test_the_drop_log_shows_what_was_removed(step, tmp_path, make_document):
 
 def test_a_missing_evaluation_file_is_an_error():
     with pytest.raises(ValueError, match="nowhere"):
-        evaluation_items(("/nowhere/*.jsonl",))
+        evaluation_files(("/nowhere/*.jsonl",))
+
+
+def test_a_line_of_an_evaluation_file_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "exam.jsonl"
+    path.write_text('{"question": "one line\u2028and no more"}\n\n{"question": ')
+    with pytest.raises(ValueError, match=r"exam\.jsonl, line 3: not JSON"):
+        list(evaluation_items(path))
+
+
+@pytest.mark.parametrize("where", ["content", "arguments"])
+def test_a_conversation_is_compared_by_its_words_and_not_by_its_json(step, make_document, where):
+    question = QUESTION.replace(" ", "\n")
+    call = {"function": {"name": "ask", "arguments": json.dumps({"text": question})}}
+    message = {"content": question} if where == "content" else {"content": None, "tool_calls": [call]}
+    messages = [{"role": "assistant"} | message]
+    text = json.dumps(messages)
+    assert step.filter(make_document(text, kind="chat", messages=messages)) == (False, "contaminated: exam.jsonl")

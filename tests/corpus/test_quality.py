@@ -13,9 +13,9 @@ from glm45.corpus.quality import (
     TrainScorers,
     bucket_thresholds,
     input_line,
+    labelled_seeds,
     measure,
     scorer_of,
-    shipped_seeds,
     train,
 )
 
@@ -36,7 +36,7 @@ def test_every_kind_of_text_has_a_scorer_and_every_scorer_seeds_of_both_classes(
         "code",
     ]
     for scorer in SCORERS:
-        assert {label for _, label in shipped_seeds(scorer, "")} == {0, 1}
+        assert {label for _, label in labelled_seeds(scorer, Quality())} == {0, 1}
 
 
 def test_labels_used_for_evaluation_are_never_trained_on():
@@ -52,7 +52,7 @@ def test_a_changelog_in_a_tutorial_folder_is_still_a_changelog():
 
 
 def test_training_twice_gives_the_same_scores_and_the_scorer_tells_good_from_bad(tmp_path):
-    seeds = list(shipped_seeds("prose", ""))
+    seeds = list(labelled_seeds("prose", Quality()))
     scores = []
     for name in ("a", "b"):
         model = train(seeds, tmp_path / f"{name}.bin", Quality(), seed=3)
@@ -70,7 +70,7 @@ def test_a_users_seed_without_score_is_an_error(tmp_path):
     path = tmp_path / "seeds.jsonl"
     path.write_text('{"scorer": "prose", "text": "x"}\n')
     with pytest.raises(ValueError, match="scorer, text and score"):
-        list(shipped_seeds("prose", str(path)))
+        list(labelled_seeds("prose", Quality(seeds=str(path))))
 
 
 def test_thresholds_part_characters_not_documents():
@@ -111,7 +111,7 @@ def test_scorers_are_trained_from_a_corpus_and_applied(tmp_path, make_document):
     list(writer(tmp_path / "documents").run(documents))
     TrainScorers(tmp_path / "documents", 1, Quality(examples_shown=300), tmp_path / "fit", seed=0).run()
     assert {path.stem for path in (tmp_path / "fit").glob("*.json")} == set(SCORERS)
-    scored = list(Score(tmp_path / "fit").run(documents))
+    scored = list(Score(tmp_path / "fit", 0.5).run(documents))
     assert all(0 <= d.metadata["quality"] <= 1 for d in scored)
     assert scored[-1].metadata["code_related"] is True
 
@@ -119,3 +119,9 @@ def test_scorers_are_trained_from_a_corpus_and_applied(tmp_path, make_document):
 def test_quantiles_must_fit_the_buckets():
     with pytest.raises(ValueError, match="need 2 rising numbers"):
         Quality(quantiles=(0.5,))
+
+
+@pytest.mark.parametrize("name", ["tier-2", "2", "a.b", "heldout", ""])
+def test_bucket_names_that_cannot_be_told_from_the_numbers_of_files_are_refused(name):
+    with pytest.raises(ValueError, match="buckets"):
+        Quality(buckets=("low", name, "high"))

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 
 from glm45.corpus.document import DropLog
+from glm45.corpus.read import read_documents
 from glm45.corpus.repositories import (
     Repositories,
     RepositoryContexts,
@@ -18,6 +19,7 @@ from glm45.corpus.repositories import (
     unified_diff,
 )
 from glm45.corpus.sources import Source, Unit
+from glm45.data.splits import is_held_out
 
 FILES = {
     "pkg/app.py": "from pkg import views\nimport pkg.models\n",
@@ -87,11 +89,25 @@ def test_consecutive_releases_become_a_changelog_entry_and_its_differences(tmp_p
     new = archive(tmp_path / "p-1.1.tar.gz", {"p.py": "print('good day')\n", "CHANGES.rst": log})
     unit = Unit("s", "p", "1.1", "MIT", 1, (old, new))
     source = Source(name="s", reader="sdists")
-    [document] = release_documents(source, unit, Repositories(), DropLog(tmp_path / "drops"))
+    [document] = release_documents(source, unit, Repositories(), set(), DropLog(tmp_path / "drops"))
     assert document.text.startswith("Issue: p 1.1\n\nVersion 1.1\n-----------\n\n- Greets politely. #12\n\ndiff --git")
     assert "-print('hi')\n+print('good day')\n" in document.text
     assert "--- a/old.py\n+++ /dev/null" in document.text
     assert "First." not in document.text
+
+
+def test_a_held_out_file_is_in_no_release_whatever_its_ending_was(tmp_path):
+    files = {f"docs/page{number}": f"The secret of page {number}.\n" for number in range(40)}
+    old = archive(tmp_path / "p-1.0.tar.gz", {f"{name}.rst": text for name, text in files.items()})
+    new = archive(tmp_path / "p-1.1.tar.gz", {f"{name}.md": f"# {text}" for name, text in files.items()})
+    unit, source = Unit("s", "p", "1.1", "MIT", 1, (old, new)), Source(name="s", reader="sdists")
+    documents = list(read_documents(source, unit, DropLog(tmp_path / "drops"), Repositories(), held_out_fraction=0.3))
+    pages = [document for document in documents if document.metadata["kind"] == "prose"]
+    released = "".join(document.text for document in documents if document.metadata["kind"] == "repository")
+    held_out = [page for page in pages if is_held_out(page.id, 0.3)]
+    assert 0 < len(held_out) < len(pages) == 40
+    for page in pages:
+        assert (page.text.removeprefix("# ").strip() in released) == (page not in held_out)
 
 
 def test_a_heading_must_name_exactly_the_version():

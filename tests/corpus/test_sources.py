@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 import zstandard
@@ -74,13 +75,40 @@ def test_a_jsonl_source_counts_bad_lines_and_keeps_trajectories_as_conversations
     }
 
 
-def test_parquet_is_read(tmp_path):
+def test_parquet_is_read_and_its_empty_cells_are_absent_fields(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": ["one", None, "three"]}), tmp_path / "t.parquet")
+    chat = [{"role": "user", "content": "hi"}]
+    columns = {"text": ["one", None, "three", None], "messages": [None, None, None, chat], "kind": [None] * 4}
+    pq.write_table(pa.table(columns | {"prompt": [None] * 4}), tmp_path / "t.parquet")
     documents = read(Source(name="own", reader="parquet", path=str(tmp_path / "t.parquet")), tmp_path)
-    assert [document.text for document in documents] == ["one", "three"]
+    assert [document.metadata["kind"] for document in documents] == ["prose", "prose", "chat"]
+    assert [document.text for document in documents[:2]] == ["one", "three"]
+    assert [document.metadata.get("messages") for document in documents] == [None, None, chat]
+    assert "prompt" not in documents[0].metadata
+
+
+def test_files_of_one_name_in_different_folders_give_different_documents(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+        (tmp_path / "own" / folder / "x.jsonl").write_text('{"text": "A text."}\n')
+    documents = read(Source(name="own", reader="jsonl", path=str(tmp_path / "own")), tmp_path)
+    assert [document.id for document in documents] == ["own/a/x.jsonl/0", "own/b/x.jsonl/0"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_more_is_read_of_a_large_file_than_shows_that_it_is_large(tmp_path, packed):
+    text = b"x" * 100_000_000
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own" / ("large.txt.gz" if packed else "large.txt")
+    path.write_bytes(gzip.compress(text, 1) if packed else text)
+    del text
+    tracemalloc.start()
+    assert read(Source(name="own", reader="folder", path=str(tmp_path / "own"), max_file_bytes=1000), tmp_path) == []
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    assert merge_drops(tmp_path / "drops").keys() == {"file too large"}
 
 
 def test_damaged_files_of_records_are_counted_and_what_comes_before_the_damage_is_kept(tmp_path):

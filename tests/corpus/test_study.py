@@ -92,7 +92,9 @@ def write_unfiltered(recipe, corpus: Path, documents: Path):
     held_out, training = [], []
     with DropLog(corpus / "unread") as log:
         for unit in (unit for task in load_plan(chain.plan) for unit in task):
-            for document in read_documents(sources[unit.source], unit, log, recipe.repositories, recipe.seed):
+            for document in read_documents(
+                sources[unit.source], unit, log, recipe.repositories, recipe.held_out_fraction, recipe.seed
+            ):
                 if (kind := document.metadata["kind"]) in FOUND_KINDS:
                     found = held_out if is_held_out(document.id, HELD_OUT) else training
                     found.append((f"{unit.source}-{kind}", document))

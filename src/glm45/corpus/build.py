@@ -11,8 +11,10 @@ from typing import Any
 
 from glm45 import __version__
 from glm45.config import to_dict
+from glm45.corpus.decontaminate import evaluation_files, evaluation_items
 from glm45.corpus.document import merge_drops, merge_tallies
 from glm45.corpus.downloads import describe_downloads, fetch_debian, fetch_sdists, sdist_archives
+from glm45.corpus.inputs import installed_version
 from glm45.corpus.pipeline import CorpusChain, corpus_chain
 from glm45.corpus.quality import SCORERS
 from glm45.corpus.read import load_plan
@@ -20,6 +22,7 @@ from glm45.corpus.recipe import CorpusRecipe as CorpusRecipe
 from glm45.corpus.tokenize import tokenize_datasets
 from glm45.data.folder import update_manifest
 from glm45.pipeline import locked
+from glm45.text.tokenizer import Tokenizer
 
 MIN_FREE_BYTES = 1_000_000_000
 LIBRARIES = ("datatrove", "fasttext-community", "py3langid", "resiliparse", "scikit-learn", "xxhash", "tokenizers")
@@ -39,13 +42,15 @@ def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print
     with locked(work / "lock", f"{out} is being built by another process: wait for it or stop it"):
         started = time.monotonic()
         corpus = corpus_chain(recipe, work, downloads)
-        key = f"{corpus.chain.key}-{recipe.vocab_size}-{recipe.tokenizer}"
+        key = corpus_key(recipe, corpus)
         manifest_path = out / "manifest.json"
         if _built_key(manifest_path) == key:
             report(f"{out} is built already")
             return manifest_path
         _check_space(out)
         manifest_path.unlink(missing_ok=True)
+        for name, absent in not_installed(recipe).items():
+            report(f"{name}: not installed here, left out: {', '.join(absent)}")
         fetched = fetch(recipe, downloads, report)
         report(f"download: {time.monotonic() - started:.1f} s")
         if unfinished := corpus.chain.run(recipe.executor, report):
@@ -57,6 +62,22 @@ def build(recipe: CorpusRecipe, out: Path, report: Callable[[str], None] = print
         update_manifest(out, {"key": key, "seconds": seconds} | described | entries)
         report(f"built {out} in {seconds} s")
     return manifest_path
+
+
+def corpus_key(recipe: CorpusRecipe, corpus: CorpusChain) -> str:
+    """Return what tells a finished corpus: all steps with their inputs, and the tokenizer."""
+    given = Tokenizer.load(Path(recipe.tokenizer).expanduser()).fingerprint if recipe.tokenizer else None
+    return f"{corpus.chain.key}-{given or recipe.vocab_size}"
+
+
+def not_installed(recipe: CorpusRecipe) -> dict[str, list[str]]:
+    """Return the packages that sources name and this interpreter lacks, by source."""
+    absent = {
+        source.name: [package for package in source.packages if installed_version(package) is None]
+        for source in recipe.sources
+        if source.reader == "installed"
+    }
+    return {name: packages for name, packages in absent.items() if packages}
 
 
 def fetch(recipe: CorpusRecipe, downloads: Path, report: Callable[[str], None]) -> dict[str, Any]:
@@ -77,6 +98,7 @@ def fetch(recipe: CorpusRecipe, downloads: Path, report: Callable[[str], None]) 
 def describe(recipe: CorpusRecipe, corpus: CorpusChain, fetched: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest's account: recipe, versions, units, and what went in and out of every step and why."""
     units = [unit for task in load_plan(corpus.plan) for unit in task]
+    compared = evaluation_files(recipe.decontamination.files)
     steps = []
     for account in corpus.accounts:
         dropped = {reason: entry for folder in account.drops for reason, entry in merge_drops(folder).items()}
@@ -90,6 +112,11 @@ def describe(recipe: CorpusRecipe, corpus: CorpusChain, fetched: dict[str, Any])
             {"source": unit.source, "package": unit.package, "version": unit.version, "license": unit.license}
             for unit in sorted(units, key=lambda unit: (unit.source, unit.package))
         ],
+        "not_installed": not_installed(recipe),
+        "decontamination": {
+            "compared": {path.name: sum(1 for _ in evaluation_items(path)) for path in compared},
+            "not_compared": recipe.decontamination.not_compared,
+        },
         "documents": os.path.relpath(corpus.documents, corpus.chain.work.parent),
         "steps": steps,
         "scorers": {name: json.loads((corpus.scorers / f"{name}.json").read_text()) for name in SCORERS},

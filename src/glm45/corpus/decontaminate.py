@@ -5,9 +5,11 @@ Shapes: W words, S n-grams.
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -28,6 +30,8 @@ class Decontamination:
     files: tuple[str, ...] = ()
     """Evaluation files or patterns of them: JSONL (every string field of an item), or text (every paragraph). Not in
     the report."""
+    not_compared: tuple[str, ...] = ()
+    """Evaluations whose items are not here, for the manifest."""
     words_per_ngram: int = 13
     """Length of the word n-grams that a document may not share with an item. Not in the report."""
     min_words: int = 8
@@ -35,45 +39,67 @@ class Decontamination:
     by chance. Not in the report."""
 
 
-def ngram_hashes(text: str, length: int) -> np.ndarray:
-    """Return the hashes of a text's word n-grams in order, case and punctuation aside, uint64 [S]."""
+def word_hashes(text: str) -> np.ndarray:
+    """Return the hashes of a text's words in order, case and punctuation aside, uint64 [W]."""
     words = _WORD.findall(text.lower())
-    words_W = np.fromiter((xxhash.xxh64_intdigest(word.encode()) for word in words), np.uint64, len(words))
-    if len(words_W) < length:
-        return np.empty(0, dtype=np.uint64)
-    hashes_S = words_W[: len(words_W) - length + 1].copy()
+    return np.fromiter((xxhash.xxh64_intdigest(word.encode()) for word in words), np.uint64, len(words))
+
+
+def ngram_hashes(words_W: np.ndarray, length: int) -> np.ndarray:
+    """Return the hashes of the n-grams of hashed words in order, uint64 [S]."""
+    hashes_S = words_W[: max(0, len(words_W) - length + 1)].copy()
     for offset in range(1, length):
         hashes_S = hashes_S * _MULTIPLIER + words_W[offset : offset + len(hashes_S)]
     return hashes_S
 
 
-def evaluation_items(patterns: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return `(file name, text)` of every evaluation item. Raises ValueError for a pattern that matches no file."""
-    items = []
+def evaluation_files(patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files of patterns. Raises ValueError for a pattern that matches none."""
+    files: list[Path] = []
     for pattern in patterns:
         paths = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
         if not paths:
             raise ValueError(f"evaluation file {pattern}: not found; correct decontamination.files")
-        for path in map(Path, paths):
-            for piece in path.read_text().splitlines() if path.suffix == ".jsonl" else path.read_text().split("\n\n"):
-                items += [(path.name, text) for text in _strings(piece, path.suffix == ".jsonl")]
-    return items
+        files += map(Path, paths)
+    return files
 
 
-def _strings(piece: str, is_json: bool) -> list[str]:
-    if not is_json:
-        return [piece]
-    found: list[str] = []
+def evaluation_items(path: Path) -> Iterator[str]:
+    """Yield the texts of an evaluation file's items. Raises ValueError, with its number, for a line that is no JSON."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        yield from text.split("\n\n")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            yield from strings_in(json.loads(line) if line.strip() else None)
+        except ValueError as error:
+            raise ValueError(f"evaluation file {path}, line {number}: not JSON ({error})") from None
 
-    def visit(node: object) -> None:
-        if isinstance(node, str):
-            found.append(node)
-        elif isinstance(node, dict | list):
-            for child in node.values() if isinstance(node, dict) else node:
-                visit(child)
 
-    visit(json.loads(piece) if piece.strip() else None)
-    return found
+def strings_in(node: Any) -> Iterator[str]:
+    """Yield every string in JSON-like data; a tool call's arguments, which are JSON in a string, are opened."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list):
+        for child in node:
+            yield from strings_in(child)
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            yield from strings_in(_opened(child) if key == "arguments" and isinstance(child, str) else child)
+
+
+def _opened(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):  # what a model wrote need not be JSON
+        return arguments
+
+
+def _compared_text(document: Document) -> str:
+    """Return the text of a document; of a conversation its strings, since JSON would glue `\\n` to words."""
+    messages = document.metadata.get("messages")
+    return document.text if messages is None else "\n".join(strings_in(messages))
 
 
 class Decontaminate(BaseFilter):
@@ -86,26 +112,32 @@ class Decontaminate(BaseFilter):
         self.config = config
 
     @cached_property
-    def _index(self) -> tuple[dict[int, np.ndarray], dict[int, str]]:
-        """Sorted hashes by n-gram length, and the file each came from."""
-        found: dict[int, str] = {}
-        by_length: dict[int, list[np.ndarray]] = {}
-        for name, text in evaluation_items(self.config.files):
-            num_words = len(_WORD.findall(text.lower()))
-            if num_words < self.config.min_words:
-                continue
-            length = min(num_words, self.config.words_per_ngram)
-            hashes_S = ngram_hashes(text, length)
-            by_length.setdefault(length, []).append(hashes_S)
-            found.update((int(value), name) for value in hashes_S)
-        return {length: np.unique(np.concatenate(parts)) for length, parts in by_length.items()}, found
+    def _index(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Sorted hashes by n-gram length, and the name of the file that each came from."""
+        found: dict[int, list[tuple[np.ndarray, str]]] = {}
+        for path in evaluation_files(self.config.files):
+            for text in evaluation_items(path):
+                words_W = word_hashes(text)
+                if len(words_W) >= self.config.min_words:
+                    length = min(len(words_W), self.config.words_per_ngram)
+                    found.setdefault(length, []).append((ngram_hashes(words_W, length), path.name))
+        return {length: _sorted(items) for length, items in found.items()}
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """Say whether `doc` shares nothing with an evaluation item."""
-        index, names = self._index
-        for length, known_S in index.items():
-            hashes_S = ngram_hashes(doc.text, length)
-            hits = hashes_S[np.isin(hashes_S, known_S)]
+        if not self._index:
+            return True
+        words_W = word_hashes(_compared_text(doc))
+        for length, (known_S, names_S) in self._index.items():
+            hashes = ngram_hashes(words_W, length)
+            places = np.minimum(np.searchsorted(known_S, hashes), len(known_S) - 1)
+            hits = places[known_S[places] == hashes]
             if hits.size:
-                return False, f"contaminated: {names[int(hits[0])]}"
+                return False, f"contaminated: {names_S[hits[0]]}"
         return True
+
+
+def _sorted(items: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, np.ndarray]:
+    known_S, first_S = np.unique(np.concatenate([hashes for hashes, _ in items]), return_index=True)
+    names = np.repeat([name for _, name in items], [len(hashes) for hashes, _ in items])
+    return known_S, names[first_S]

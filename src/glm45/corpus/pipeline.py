@@ -10,11 +10,12 @@ from datatrove.pipeline.base import PipelineStep
 
 from glm45.config import to_dict
 from glm45.corpus import dedup
-from glm45.corpus.decontaminate import Decontaminate
+from glm45.corpus.decontaminate import Decontaminate, evaluation_files
 from glm45.corpus.document import DropLog, Tally, TaskReader, dataset_writer, writer
 from glm45.corpus.fim import FillInTheMiddleStep
-from glm45.corpus.quality import AssignBuckets, Score, TrainScorers
-from glm45.corpus.read import Plan, ReadUnits
+from glm45.corpus.inputs import content_hashes, file_stamps, source_stamp
+from glm45.corpus.quality import AssignBuckets, Score, TrainScorers, label_files
+from glm45.corpus.read import Plan, ReadUnits, RequireDocuments
 from glm45.corpus.recipe import CorpusRecipe
 from glm45.corpus.repositories import RepositoryContexts
 from glm45.corpus.rules import RuleFilter
@@ -45,10 +46,13 @@ class CorpusChain:
 
 
 def corpus_chain(recipe: CorpusRecipe, work: Path, downloads: Path) -> CorpusChain:
-    """Return the steps of a recipe. Pure: nothing is read or written before the chain runs."""
-    chain = Chain(work, [to_dict(recipe)["sources"], to_dict(recipe.repositories), recipe.seed])
-    plan = work / f"plan-{chain.key}.json"
-    read = _add_reading(chain, recipe, downloads, plan)
+    """Return the steps of a recipe on its inputs as they are now. Nothing is written before the chain runs.
+
+    Raises ValueError for a package that a manifest lacks and for evaluation files that are not there.
+    """
+    stamps = [source_stamp(source, downloads) for source in recipe.sources]
+    chain = Chain(work, [to_dict(recipe)["sources"], stamps, to_dict(recipe.repositories), recipe.seed])
+    plan, read = _add_reading(chain, recipe, downloads)
     exact, unique = _add_deduplication(chain, recipe, read)
     fitted, scored = _add_scoring(chain, recipe, unique)
     lists = chain.add(
@@ -76,7 +80,7 @@ def corpus_chain(recipe: CorpusRecipe, work: Path, downloads: Path) -> CorpusCha
             FillInTheMiddleStep(recipe.fill_in_the_middle, recipe.seed),
             dataset_writer(folder / "documents"),
         ],
-        [recipe.held_out_fraction, recipe.long_characters, to_dict(recipe.fill_in_the_middle)],
+        [recipe.long_characters, to_dict(recipe.fill_in_the_middle)],
     )
     accounts = (
         Account("read", read / "in", (read / "skipped",)),
@@ -90,27 +94,44 @@ def corpus_chain(recipe: CorpusRecipe, work: Path, downloads: Path) -> CorpusCha
     return CorpusChain(chain, plan, finish / "documents", fitted, lists / "thresholds.json", accounts)
 
 
-def _add_reading(chain: Chain, recipe: CorpusRecipe, downloads: Path, plan: Path) -> Path:
-    chain.add("plan", 1, lambda folder: [Plan(recipe.sources, downloads, recipe.num_tasks, plan)], recipe.num_tasks)
-    return chain.add(
+def _add_reading(chain: Chain, recipe: CorpusRecipe, downloads: Path) -> tuple[Path, Path]:
+    """Units are shared out and read; returns the file of the plan and the folder of what was read."""
+    planned = chain.add(
+        "plan",
+        1,
+        lambda folder: [Plan(recipe.sources, downloads, recipe.num_tasks, folder / "plan.json")],
+        recipe.num_tasks,
+    )
+    plan = planned / "plan.json"
+    read = chain.add(
         "read",
         recipe.num_tasks,
         lambda folder: [
-            ReadUnits(recipe.sources, plan, folder / "skipped", recipe.repositories, recipe.seed),
+            ReadUnits(
+                recipe.sources, plan, folder / "skipped", recipe.repositories, recipe.held_out_fraction, recipe.seed
+            ),
             Tally(folder / "in"),
             RuleFilter(recipe.rules, DropLog(folder / "drops")),
             Tally(folder / "out"),
             writer(folder / "documents"),
             dedup.exact_signature(folder / "signatures"),
         ],
-        to_dict(recipe.rules),
+        [to_dict(recipe.rules), recipe.held_out_fraction],
     )
+    return plan, read
 
 
 def _add_deduplication(chain: Chain, recipe: CorpusRecipe, read: Path) -> tuple[Path, Path]:
     """Exact duplicates, then MinHash and decontamination; returns the folders of what each leaves."""
     hashing = recipe.minhash
-    found = chain.add("exact-find", 1, lambda folder: [dedup.exact_find(read / "signatures", folder / "duplicates")])
+    found = chain.add(
+        "exact-find",
+        1,
+        lambda folder: [
+            RequireDocuments(recipe.sources, read / "in", read / "skipped"),
+            dedup.exact_find(read / "signatures", folder / "duplicates"),
+        ],
+    )
     exact = chain.add(
         "exact",
         recipe.num_tasks,
@@ -142,7 +163,10 @@ def _add_deduplication(chain: Chain, recipe: CorpusRecipe, read: Path) -> tuple[
             Tally(folder / "out"),
             writer(folder / "documents"),
         ],
-        to_dict(recipe.decontamination),
+        [
+            _without(recipe.decontamination, "files", "not_compared"),
+            content_hashes(evaluation_files(recipe.decontamination.files)),
+        ],
     )
     return exact, unique
 
@@ -157,25 +181,32 @@ def _add_scoring(chain: Chain, recipe: CorpusRecipe, unique: Path) -> tuple[Path
             TrainScorers(documents, tasks, recipe.quality, folder, recipe.seed),
             FitEmbedder(documents, tasks, recipe.semdedup, folder, recipe.seed),
         ],
-        _without(recipe.quality, "buckets", "quantiles", "top_repeats", "mathematics_threshold")
-        | _without(recipe.semdedup, "documents_per_cluster", "threshold"),
+        [
+            _without(
+                recipe.quality, "buckets", "quantiles", "top_repeats", "mathematics_threshold", "code_related_threshold"
+            ),
+            _without(recipe.semdedup, "documents_per_cluster", "threshold"),
+            content_hashes(label_files(recipe.quality.seeds)),
+            file_stamps(recipe.semdedup.model),
+        ],
     )
     scored = chain.add(
         "scored",
         tasks,
         lambda folder: [
             TaskReader(documents),
-            Score(fitted),
+            Score(fitted, recipe.quality.code_related_threshold),
             Embed(fitted, recipe.semdedup, folder / "embeddings"),
             writer(folder / "documents"),
         ],
+        recipe.quality.code_related_threshold,
     )
     return fitted, scored
 
 
 def _without(config: Any, *later: str) -> dict[str, Any]:
     """Return the settings of a configuration but for those that only a later step reads."""
-    return {f"{type(config).__name__}.{key}": value for key, value in to_dict(config).items() if key not in later}
+    return {key: value for key, value in to_dict(config).items() if key not in later}
 
 
 class AssignDataset(PipelineStep):

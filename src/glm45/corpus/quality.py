@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from glm45.config import configuration
 from glm45.corpus.document import FOUND_KINDS, DropLog, read_task
 from glm45.corpus.features import code_line, prose_line
+from glm45.data.mixture import HELD_OUT
 from glm45.data.splits import is_held_out
 
 SCORERS = ("prose", "multilingual", "mathematics", "code-python", "code", "code-related")
 EVALUATED_SHARE = 0.2  # of the pages whose code blocks label them
+BUCKET_NAME = re.compile(r"[A-Za-z]\w*")  # no '-' or '.': what follows one in a dataset's files is their number
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _SESSION = re.compile(r"^\s*(?:>>>|\.\.\.).*\n?", re.MULTILINE)
 NUM_SEARCHED = 24_000  # characters of a page in which text beside its code blocks is looked for
@@ -56,7 +59,11 @@ class Quality:
     """Documents that score higher on mathematics and science go to the highest bucket. Not in the report."""
     seeds: str = ""
     """JSONL file of further labelled examples, each with `scorer`, `text` and a `score` from 0 to 1; for example what
-    `glm45.corpus.reasoning.ask_scores` returned for documents of your own. Not in the report."""
+    `glm45 data score` wrote for documents of your own. Not in the report."""
+    seed_threshold: float = 0.5
+    """Score from which a seed is an example of good text. Not in the report."""
+    code_related_threshold: float = 0.5
+    """Probability from which a page without code blocks counts as speaking of code. Not in the report."""
     dimension: int = 16
     """Size of fastText's word vectors. Not in the report."""
     examples_shown: int = 16_000
@@ -68,6 +75,11 @@ class Quality:
     """Most labelled documents of the corpus for one scorer. Not in the report."""
 
     def __post_init__(self) -> None:
+        wrong = [name for name in self.buckets if not BUCKET_NAME.fullmatch(name) or name == HELD_OUT]
+        if wrong:
+            raise ValueError(
+                f"buckets {wrong}: need letters, digits and '_' after a first letter, and {HELD_OUT!r} is taken"
+            )
         if len(self.quantiles) != len(self.buckets) - 1 or list(self.quantiles) != sorted(self.quantiles):
             raise ValueError(
                 f"quantiles = {self.quantiles}: need {len(self.buckets) - 1} rising numbers for {self.buckets}"
@@ -144,7 +156,7 @@ class TrainScorers(PipelineStep):
         training, evaluation = self._collect(scorers)
         for scorer in scorers:
             examples = [(line, label) for _, line, label in training[scorer].all()]
-            examples += shipped_seeds(scorer, self.config.seeds)
+            examples += labelled_seeds(scorer, self.config)
             model = train(examples, self.folder / f"{scorer}.bin", self.config, self.seed)
             measures = {"examples": len(examples)} | measure(model, evaluation[scorer].all())
             (self.folder / f"{scorer}.json").write_text(json.dumps(measures))
@@ -184,20 +196,27 @@ class Examples:
         return [example[1:] for example in sorted(self._heap)]
 
 
-def shipped_seeds(scorer: str, users_file: str) -> Iterator[tuple[str, int]]:
+def label_files(users_file: str) -> list[Path | Traversable]:
+    """Return the files that say what scorers learn, the user's seeds among them if there are any."""
+    shipped = [resources.files("glm45.corpus").joinpath(name) for name in ("labels.json", "seeds.jsonl")]
+    return [*shipped, *([Path(users_file).expanduser()] if users_file else [])]
+
+
+def labelled_seeds(scorer: str, config: Quality) -> Iterator[tuple[str, int]]:
     """Yield `(line, label)` of the seeds that the project ships and of the user's own.
 
-    Raises ValueError for a seed without scorer, text or score.
+    Raises ValueError, naming the line, for a seed without scorer, text or score.
     """
-    lines = resources.files("glm45.corpus").joinpath("seeds.jsonl").read_text().splitlines()
-    lines += Path(users_file).expanduser().read_text().splitlines() if users_file else []
-    for number, line in enumerate(lines, 1):
-        try:
-            seed = json.loads(line)
-            if seed["scorer"] == scorer:
-                yield input_line(scorer, seed["text"]), int(float(seed["score"]) >= 0.5)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"seed {number}: {error!r}; each needs scorer, text and score") from None
+    for file in label_files(config.seeds)[1:]:
+        for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), 1):
+            try:
+                seed = json.loads(line)
+                if seed["scorer"] == scorer:
+                    yield input_line(scorer, seed["text"]), int(float(seed["score"]) >= config.seed_threshold)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file.name}, line {number}: {error!r}; a seed needs scorer, text and score"
+                ) from None
 
 
 def train(examples: list[tuple[str, int]], path: Path, config: Quality, seed: int) -> Any:
@@ -323,9 +342,9 @@ class Score(PipelineStep):
     type = "🎓 - SCORE"
     name = "quality"
 
-    def __init__(self, models: Path) -> None:
+    def __init__(self, models: Path, code_related_threshold: float) -> None:
         super().__init__()
-        self.models = models
+        self.models, self.code_related_threshold = models, code_related_threshold
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Pass documents on with their scores."""
@@ -337,5 +356,6 @@ class Score(PipelineStep):
             for scorer, field in zip(scorers_of(document), ("quality", "mathematics", "code_related"), strict=False):
                 metadata[field] = round(score(models[scorer], [input_line(scorer, document.text)])[0], 5)
             if "code_related" in metadata:
-                metadata["code_related"] = metadata["has_code"] or metadata["code_related"] >= 0.5
+                related = metadata["code_related"] >= self.code_related_threshold
+                metadata["code_related"] = metadata["has_code"] or related
             yield document

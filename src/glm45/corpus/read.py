@@ -12,10 +12,11 @@ import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from glm45.corpus.document import DropLog
+from glm45.corpus.document import DropLog, merge_drops, merge_tallies
 from glm45.corpus.extract import Skip, extract, open_lines, split_long
 from glm45.corpus.repositories import Repositories, release_documents
 from glm45.corpus.sources import Source, Unit, list_units, read_unit, share_out
+from glm45.data.splits import is_held_out
 
 CODE_BLOCK = re.compile(
     r"^```|^\s*>>> |^\s*\.\. (?:code|code-block|sourcecode|literalinclude)::|::\n\n[ \t]+\S", re.MULTILINE
@@ -54,29 +55,65 @@ class ReadUnits(PipelineStep):
     name = "sources"
 
     def __init__(
-        self, sources: tuple[Source, ...], plan: Path, drops: Path, repositories: Repositories, seed: int
+        self,
+        sources: tuple[Source, ...],
+        plan: Path,
+        drops: Path,
+        repositories: Repositories,
+        held_out_fraction: float,
+        seed: int,
     ) -> None:
         super().__init__()
         self.sources = {source.name: source for source in sources}
-        self.plan, self.drops, self.repositories, self.seed = plan, drops, repositories, seed
+        self.plan, self.drops, self.repositories = plan, drops, repositories
+        self.held_out_fraction, self.seed = held_out_fraction, seed
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of this task's units."""
         with DropLog(self.drops) as log:
             log.rank = rank
             for unit in load_plan(self.plan)[rank]:
-                yield from read_documents(self.sources[unit.source], unit, log, self.repositories, self.seed)
+                source = self.sources[unit.source]
+                yield from read_documents(source, unit, log, self.repositories, self.held_out_fraction, self.seed)
+
+
+class RequireDocuments(PipelineStep):
+    """Refuses to go on if a source gave no document; one task, once everything is read."""
+
+    type = "🗺 - PLAN"
+    name = "require documents"
+
+    def __init__(self, sources: tuple[Source, ...], read: Path, skipped: Path) -> None:
+        super().__init__()
+        self.sources, self.read, self.skipped = sources, read, skipped
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        """Raise ValueError that names the source and says why its files were skipped."""
+        giving = {row["source"] for row in merge_tallies(self.read)}
+        for source in self.sources:
+            if source.name not in giving:
+                reasons = {
+                    reason: entry["sources"].get(source.name) for reason, entry in merge_drops(self.skipped).items()
+                }
+                counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.items() if count)
+                raise ValueError(
+                    f"source {source.name} gave no document ({counted or 'no file is included'}): mend or drop it"
+                )
 
 
 def read_documents(
-    source: Source, unit: Unit, log: DropLog, repositories: Repositories, seed: int = 0
+    source: Source, unit: Unit, log: DropLog, repositories: Repositories, held_out_fraction: float = 0.0, seed: int = 0
 ) -> Iterator[Document]:
-    """Yield the documents of one unit and log the files that give none."""
+    """Yield the documents of one unit and log the files that give none.
+
+    A file of which a document will be held out does not come back in the releases.
+    """
     if source.reader == "generated":
         yield from _generated(source, seed)
     elif source.reader in ("jsonl", "parquet", "huggingface"):
         yield from _ready_made(source, unit, log)
     else:
+        held_out = set()
         for file in read_unit(source, unit):
             identifier = f"{source.name}/{unit.package}/{file.path}"
             try:
@@ -90,9 +127,11 @@ def read_documents(
                 metadata = _metadata(source, kind, language, unit) | {"path": file.path + part}
                 if kind != "code":
                     metadata["has_code"] = has_code(piece)
+                if is_held_out(identifier + part, held_out_fraction):
+                    held_out.add(file.path)
                 yield Document(text=piece, id=identifier + part, metadata=metadata)
         if source.reader == "sdists" and len(unit.paths) > 1:
-            yield from release_documents(source, unit, repositories, log)
+            yield from release_documents(source, unit, repositories, held_out, log)
 
 
 def has_code(text: str) -> bool:
@@ -120,15 +159,15 @@ def _ready_made(source: Source, unit: Unit, log: DropLog) -> Iterator[Document]:
     """
     for index, record in enumerate(_records(source, unit.paths[0])):
         identifier = f"{source.name}/{unit.package}/{index}"
-        text = (
-            json.dumps(record["messages"], ensure_ascii=False) if "messages" in record else record.get(source.text_key)
-        )
+        record = {key: value for key, value in record.items() if value is not None}  # an empty cell of a table
+        messages = record.get("messages")
+        text = json.dumps(messages, ensure_ascii=False) if messages else record.get(source.text_key)
         if isinstance(text, str) and _LONE_SURROGATE.search(text):
             record = {"problem": "record with broken encoding"}
         if "problem" in record or not isinstance(text, str) or not text.strip():
             log.add(source.name, record.get("problem", "record without text"), identifier, record.get("detail", ""))
             continue
-        kind = "chat" if "messages" in record else record.get("kind", "prose")
+        kind = "chat" if messages else record.get("kind", "prose")
         if kind not in ("prose", "web", "code", "chat", "reasoning"):
             log.add(source.name, "record of unknown kind", identifier, text)
             continue

@@ -167,7 +167,7 @@ def _sources(manifest: dict[str, Any]) -> str:
 
 def _datasets(manifest: dict[str, Any]) -> str:
     datasets, repeats = manifest["datasets"], manifest["mixture"]["repeats"]
-    top = max(entry["tokens"] for entry in datasets.values())
+    top = max((entry["tokens"] for entry in datasets.values()), default=0)
     rows = []
     for name in sorted(
         datasets, key=lambda name: (name.partition(".")[0], BUCKET_ORDER.get(name.partition(".")[2], 9))

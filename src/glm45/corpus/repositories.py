@@ -6,7 +6,7 @@ context with the differences that it speaks of.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from pathlib import PurePosixPath
@@ -154,11 +154,18 @@ def pack_files(order: list[str], sources: dict[str, str], max_characters: int) -
         yield "".join(context)
 
 
-def release_documents(source: Source, unit: Unit, config: Repositories, log: DropLog) -> Iterator[Document]:
-    """Yield consecutive releases of a package as commits: changelog entry first, then the differences."""
+def release_documents(
+    source: Source, unit: Unit, config: Repositories, held_out: Set[str], log: DropLog
+) -> Iterator[Document]:
+    """Yield consecutive releases of a package as commits: changelog entry first, then the differences.
+
+    Files of the newest release that are `held_out`, by path, are left out of all, whatever their ending was: a page may
+    have been `.rst` before it was `.md`.
+    """
+    kept_from_training = {_without_ending(path) for path in held_out}
     previous: tuple[str, dict[str, str]] | None = None
     for version, files in read_releases(source, unit):
-        texts = _readable(files)
+        texts = {path: text for path, text in _readable(files) if _without_ending(path) not in kept_from_training}
         if previous is not None:
             identifier = f"{source.name}/{unit.package}/#release/{version}"
             pieces = list(release_contexts(unit.package, previous, (version, texts), config))
@@ -229,12 +236,14 @@ def _is_heading(lines: list[str], index: int) -> bool:
     return underlined or line.startswith("#")
 
 
-def _readable(files: dict[str, bytes]) -> dict[str, str]:
-    texts = {}
+def _without_ending(path: str) -> PurePosixPath:
+    return PurePosixPath(path).with_suffix("")
+
+
+def _readable(files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
     for path, content in files.items():
         try:
             if kind_of(path)[0] in ("code", "prose") and "egg-info" not in PurePosixPath(path).parts[0]:
-                texts[path] = decode(content, path)
+                yield path, decode(content, path)
         except Skip:
             continue  # counted when the newest release was read as documents
-    return texts

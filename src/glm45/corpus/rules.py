@@ -33,6 +33,8 @@ class Rules:
     """Gopher's 10, relaxed: technical text is full of dotted names. Not in the report."""
     max_symbol_word_ratio: float = 0.1
     """Hash signs or ellipses per word. Not in the report."""
+    min_stop_words: int = 2
+    """Gopher's least number of different English stop words, where the language is English. Not in the report."""
     min_alphabetic_words: float = 0.7
     """Share of words with a letter; Gopher's 0.8, relaxed for text with code blocks. Not in the report."""
     max_duplicate_lines: float = 0.45
@@ -100,7 +102,7 @@ class RuleFilter(BaseFilter):
                 max_avg_word_length=r.max_mean_word_length,
                 max_symbol_word_ratio=r.max_symbol_word_ratio,
                 max_non_alpha_words_ratio=r.min_alphabetic_words,
-                min_stop_words=None,  # English only: applied by `_has_stop_words` where the language is English
+                min_stop_words=None,  # English only: applied by `_num_stop_words` where the language is English
                 language=WORDS,
             ),
             FineWebQualityFilter(
@@ -133,7 +135,7 @@ class RuleFilter(BaseFilter):
         doc.metadata["language"] = self.language(doc.text)
         if self.rules.languages and doc.metadata["language"] not in self.rules.languages:
             return False, "other language"
-        if doc.metadata["language"] == "en" and not _has_stop_words(doc.text):
+        if doc.metadata["language"] == "en" and _num_stop_words(doc.text) < self.rules.min_stop_words:
             return False, "no stop words"
         for rule in self._unspaced if UNSPACED.search(doc.text) else self._spaced:
             result = rule.filter(doc)
@@ -147,9 +149,9 @@ class RuleFilter(BaseFilter):
         return str(self._identifier.classify(text[middle : middle + self.rules.language_characters])[0])
 
 
-def _has_stop_words(text: str) -> bool:
+def _num_stop_words(text: str) -> int:
     words = set(text[:20_000].split())
-    return len(words & {"the", "be", "to", "of", "and", "that", "have", "with"}) >= 2
+    return len(words & {"the", "be", "to", "of", "and", "that", "have", "with"})
 
 
 def code_problem(text: str, rules: Rules) -> str | None:

@@ -115,14 +115,15 @@ def _read_files(source: Source, unit: Unit, path: str) -> Iterator[tuple[str, by
         included = any(fnmatch.fnmatch(name, pattern) for pattern in source.include)
         return included and not any(fnmatch.fnmatch(whole, p) or fnmatch.fnmatch(name, p) for p in source.exclude)
 
+    limit = source.max_file_bytes + 1  # read no more of a file than shows that it is too large
     if path.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-        files = _read_archive(Path(path), wanted)
+        files = _read_archive(Path(path), wanted, limit)
     elif source.reader == "installed":
-        files = _read_listed(Path(path), _installed_files(unit.package), wanted)
+        files = _read_listed(Path(path), _installed_files(unit.package), wanted, limit)
     elif Path(path).is_file():
-        files = _read_listed(Path(path).parent, [Path(path).name], wanted)
+        files = _read_listed(Path(path).parent, [Path(path).name], wanted, limit)
     else:
-        files = _read_listed(Path(path), _walk(Path(path), top_only=unit.package == "(files)"), wanted)
+        files = _read_listed(Path(path), _walk(Path(path), top_only=unit.package == "(files)"), wanted, limit)
     for name, content in files:
         yield printable(name), content if len(content) <= source.max_file_bytes else TOO_LARGE
 
@@ -132,22 +133,24 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _read_archive(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def _read_archive(archive: Path, wanted: Callable[[str], bool], limit: int) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(archive) as tar:
         for member in tar:
             name = member.name.partition("/")[2]
             if member.isfile() and wanted(name):
                 extracted = tar.extractfile(member)
                 assert extracted is not None
-                yield name, extracted.read()
+                yield name, extracted.read(limit)
 
 
-def _read_listed(root: Path, names: list[str], wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def _read_listed(
+    root: Path, names: list[str], wanted: Callable[[str], bool], limit: int
+) -> Iterator[tuple[str, bytes]]:
     for name in names:
         if wanted(name):
             try:
-                content = (root / name).read_bytes()
-                unpacked = gzip.decompress(content) if name.endswith(PACKED) else content
+                with (gzip.open if name.endswith(PACKED) else open)(root / name, "rb") as file:
+                    unpacked = file.read(limit)
             except (OSError, EOFError, zlib.error):  # a broken link, no permission, a damaged archive
                 unpacked = UNREADABLE
             yield name.removesuffix(".gz").removesuffix(".dz"), unpacked
@@ -197,7 +200,11 @@ def _list_files(source: Source, downloads: Path) -> list[Unit]:
     if not path.exists():
         raise ValueError(f"source {source.name}: {path} does not exist")
     files = [path] if path.is_file() else sorted(p for p in path.rglob(f"*.{source.reader}*") if p.is_file())
-    return [Unit(source.name, p.name, "", source.license, p.stat().st_size, (str(p),)) for p in files]
+    root = path.parent if path.is_file() else path
+    return [
+        Unit(source.name, printable(str(p.relative_to(root))), "", source.license, p.stat().st_size, (str(p),))
+        for p in files
+    ]
 
 
 def _installed_files(package: str) -> list[str]:

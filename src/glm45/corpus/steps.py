@@ -32,7 +32,7 @@ PRELOADED = (
     *("sklearn.cluster", "sklearn.decomposition", "sklearn.feature_extraction.text"),
 )
 """What tasks import, 3 s of it: imported once, by the process that all workers of all steps are forked from."""
-FORMAT = 3  # counted up when a step's meaning changes, so that old work is not trusted
+FORMAT = 4  # counted up when a step's meaning changes, so that old work is not trusted
 
 
 @configuration

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm45.corpus.decontaminate import Decontamination, ngram_hashes
+from glm45.corpus.decontaminate import Decontamination, ngram_hashes, word_hashes
 from glm45.data.folder import MANIFEST, DataFolder
 from glm45.data.mixture import HELD_OUT
 from glm45.environments.protocol import Task
@@ -55,10 +55,10 @@ def measure_contamination(
     config = config or Decontamination()
     prompts: dict[str, tuple[int, np.ndarray]] = {}
     for task in tasks:
-        num_words = len(ngram_hashes(prompt_text(task), 1))
-        if num_words >= config.min_words:
-            length = min(num_words, config.words_per_ngram)
-            prompts[task.task_id] = length, np.unique(ngram_hashes(prompt_text(task), length))
+        words_W = word_hashes(prompt_text(task))
+        if len(words_W) >= config.min_words:
+            length = min(len(words_W), config.words_per_ngram)
+            prompts[task.task_id] = length, np.unique(ngram_hashes(words_W, length))
     wanted = {
         length: np.unique(np.concatenate([hashes_S for other, hashes_S in prompts.values() if other == length]))
         for length in {length for length, _ in prompts.values()}
@@ -67,8 +67,9 @@ def measure_contamination(
     num_documents = 0
     for text in documents:
         num_documents += 1
+        words_W = word_hashes(text)
         for length, known_S in wanted.items():
-            found[length] |= np.isin(known_S, ngram_hashes(text, length))
+            found[length] |= np.isin(known_S, ngram_hashes(words_W, length))
     if not num_documents:
         raise ValueError("there is no training document to compare with")
     shared = {}

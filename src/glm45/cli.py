@@ -114,15 +114,31 @@ def define_data(parser: argparse.ArgumentParser) -> None:
     adopt = actions.add_parser("adopt", help="describe Megatron shards made elsewhere, so that training accepts them")
     adopt.add_argument("folder", metavar="DIR", help="holds tokenizer/ and shards/*.bin|.idx; gets a manifest.json")
     adopt.set_defaults(run=_data_adopt)
+    score = actions.add_parser("score", help="have a language model score texts: seeds for a quality scorer")
+    score.add_argument("texts", metavar="TEXTS", help="JSONL file with a text on each line")
+    score.add_argument("--scorer", default="mathematics", help="scorer that learns from them (default: mathematics)")
+    score.add_argument("--question", required=True, help="such as: What share of this text teaches mathematics?")
+    score.set_defaults(run=_data_score)
+    teach = actions.add_parser("teach", help="have a language model work tasks out, and keep what is right")
+    teach.add_argument("tasks", metavar="TASKS", help="JSONL file with a prompt and an answer on each line")
+    teach.add_argument("--verifier", default="mathematics", help="what compares answers (default: mathematics)")
+    teach.add_argument("--samples", type=int, default=4, metavar="N", help="answers to each task (default: 4)")
+    teach.set_defaults(run=_data_teach)
+    for action in (score, teach):
+        action.add_argument("out", metavar="OUT", help="JSONL file to write")
+        action.add_argument("--url", required=True, help="an OpenAI-style endpoint, such as http://host/v1")
+        action.add_argument("--model", required=True, help="the model's name at the endpoint")
 
 
 def _data_build(options: argparse.Namespace) -> None:
     from glm45.config import override
     from glm45.corpus.build import build
     from glm45.corpus.recipe import load
+    from glm45.recipes.decontamination import against_evaluations
 
     workers = options.workers or os.cpu_count() or 1
-    build(override(load(options.recipe), [f"executor.workers={workers}", *options.overrides]), Path(options.out))
+    recipe = override(load(options.recipe), [f"executor.workers={workers}", *options.overrides])
+    build(against_evaluations(recipe, Path(options.out) / "work" / "evaluations"), Path(options.out))
 
 
 def _data_report(options: argparse.Namespace) -> None:
@@ -136,6 +152,20 @@ def _data_adopt(options: argparse.Namespace) -> None:
 
     for name, entry in adopt(Path(options.folder))["datasets"].items():
         print(f"{name}: {entry['documents']:,} documents, {entry['tokens']:,} tokens")
+
+
+def _data_score(options: argparse.Namespace) -> None:
+    from glm45.recipes.teacher import write_seeds
+
+    texts, out, endpoint = Path(options.texts), Path(options.out), {"url": options.url, "model": options.model}
+    print(json.dumps(write_seeds(texts, out, options.question, options.scorer, **endpoint)))
+
+
+def _data_teach(options: argparse.Namespace) -> None:
+    from glm45.recipes.teacher import write_worked_answers
+
+    tasks, out, endpoint = Path(options.tasks), Path(options.out), {"url": options.url, "model": options.model}
+    print(json.dumps(write_worked_answers(tasks, out, options.verifier, **endpoint, samples=options.samples)))
 
 
 def define_train(parser: argparse.ArgumentParser) -> None:

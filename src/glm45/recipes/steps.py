@@ -13,9 +13,10 @@ DRAFTED_TASKS = 20
 
 
 def build_corpus(context: Context) -> None:
-    """Build a corpus: `config["recipe"]` with `config["overrides"]`."""
+    """Build a corpus, `config["recipe"]` with `config["overrides"]`, without what our suites ask."""
     from glm45.corpus import recipe
     from glm45.corpus.build import build
+    from glm45.recipes.decontamination import against_evaluations
 
     chosen = override(recipe.load(context.config["recipe"]), context.config.get("overrides", []))
     seen: list[str] = []
@@ -26,7 +27,8 @@ def build_corpus(context: Context) -> None:
         # A corpus has about a dozen steps; how far along is told by how many have spoken.
         context.progress(min(0.95, len(set(seen)) / 14), line)
 
-    build(chosen, context.folder, report)
+    evaluations = context.folder / "work" / "evaluations"
+    build(against_evaluations(chosen, evaluations), context.folder, report)
 
 
 def tokenize_data(context: Context) -> None:

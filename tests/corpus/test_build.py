@@ -161,7 +161,7 @@ def test_a_held_out_prompt_is_in_no_trained_dataset(built):
     out, manifest = built
     for document in documents(out, manifest):
         if document.metadata["kind"] == "reasoning":
-            assert is_held_out(document.metadata["prompt"]) == (document.metadata["bucket"] == "heldout")
+            assert is_held_out(document.metadata["question"]) == (document.metadata["bucket"] == "heldout")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Each domain's verifier on hand-made answers, beside the proofs that it carries itself."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -11,7 +12,7 @@ from glm45.environments.instructions import InstructionVerifier, instruction_tas
 from glm45.environments.mathematics import MathematicsVerifier, mathematics_task
 from glm45.environments.protocol import SingleTurn, Task, assistant, user
 from glm45.environments.science import ScienceVerifier, chosen_letter, expert_verified_only, science_task
-from glm45.environments.tasks import read_tasks, write_tasks
+from glm45.environments.tasks import is_held_out_task, read_tasks, split_tasks, write_tasks
 from glm45.environments.tools import ToolCallVerifier, tool_call, tool_tasks
 
 
@@ -153,6 +154,16 @@ def test_repetition_and_language_mixing_rates():
     assert 0.2 < language_mixing_rate("the answer 答案 is 四十二 and so 所以") < 0.6
     assert language_mixing_rate("Ответ", allowed="What is it?") == 1.0
     assert language_mixing_rate("Η CPU εκτελεί", allowed="Τι είναι η CPU;") == pytest.approx(3 / 11)
+
+
+def test_one_question_in_several_wordings_is_on_one_side_of_the_split():
+    train, held_out = split_tasks(tool_tasks(0, 20_000))
+    calls = [{json.dumps(task.answer) for task in side if task.answer} for side in (train, held_out)]
+    assert all(calls)
+    assert not calls[0] & calls[1]
+    swapped = [[arithmetic_task(Problem("add", *pair)) for pair in ((a, 57), (57, a))] for a in range(10, 99)]
+    assert all(is_held_out_task(one) == is_held_out_task(other) for one, other in swapped)
+    assert any(is_held_out_task(one) for one, _ in swapped)
 
 
 def test_task_files_round_trip_and_refuse_bad_lines(tmp_path):

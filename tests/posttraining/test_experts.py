@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from glm45.data.splits import is_held_out
 from glm45.environments.arithmetic import arithmetic_tasks
-from glm45.environments.tasks import read_tasks
-from glm45.environments.tools import read_calls
+from glm45.environments.instructions import instruction_tasks
+from glm45.environments.tasks import is_held_out_task, prompt_text, read_tasks
+from glm45.environments.tools import read_calls, tool_tasks
 from glm45.pipeline import Context, Pipeline
 from glm45.posttraining.coldstart import ColdStartConfig, cold_start
 from glm45.posttraining.steps import equal_parts
@@ -20,8 +20,10 @@ def test_cold_starts_have_the_planted_share_of_faults_and_no_held_out_prompt():
     made = {domain: list(cold_start(domain, 1, 400, config)) for domain in ("arithmetic", "tools", "instructions")}
     careful = sum(each.metadata["careful"] for each in made["arithmetic"]) / 400
     assert careful == pytest.approx(config.arithmetic.careful_share, abs=0.08)
-    for conversations in made.values():
-        assert not any(is_held_out(each.messages[0]["content"]) for each in conversations)
+    families = (arithmetic_tasks(0, 4000), tool_tasks(0, 9000), instruction_tasks(0, 9000))
+    held_out = {prompt_text(task) for tasks in families for task in tasks if is_held_out_task(task)}
+    asked = {message["content"] for made_of in made.values() for each in made_of for message in each.messages}
+    assert not asked & held_out
     assert all(each.thinking for each in made["arithmetic"])
     assert not any(each.thinking for each in made["tools"] + made["instructions"])
     assert made["tools"] == list(cold_start("tools", 1, 400, config))

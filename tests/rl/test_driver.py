@@ -245,7 +245,7 @@ def test_a_measurement_of_pools_goes_on_where_it_was_stopped(config, tmp_path):
 
 def test_a_prompt_in_both_files_is_refused(config, tmp_path):
     write_tasks(tmp_path / "held_out.jsonl", word_tasks(19, 3))
-    with pytest.raises(ValueError, match="1 prompts are in both"):
+    with pytest.raises(ValueError, match="1 questions are in both"):
         read_task_files(config)
 
 

@@ -57,6 +57,11 @@ class Problem:
         return f"{self.left}{SYMBOLS[self.operation]}{self.right}=?"
 
     @property
+    def question(self) -> str:
+        """The prompt with the larger operand first: 2+3 and 3+2 are one question and never divided by a split."""
+        return f"{max(self.left, self.right)}{SYMBOLS[self.operation]}{min(self.left, self.right)}=?"
+
+    @property
     def answer(self) -> str:
         """The true result."""
         if self.operation == "add":
@@ -162,6 +167,7 @@ def generate_documents(seed: int, count: int, config: ArithmeticConfig | None = 
                 "left": problem.left,
                 "right": problem.right,
                 "num_digits": problem.num_digits,
+                "question": problem.question,
                 "steps": trace.steps,
                 "careful": trace.careful,
                 "correct": trace.answer == problem.answer,

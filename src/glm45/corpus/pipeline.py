@@ -227,8 +227,8 @@ class AssignDataset(PipelineStep):
         """Set `bucket` and `dataset` of every document."""
         for document in data or ():
             metadata = document.metadata
-            if "prompt" in metadata:  # divided as environments and evaluation divide the same prompts
-                held_out = is_held_out(metadata["prompt"])
+            if "prompt" in metadata:  # divided as environments and evaluation divide the same questions
+                held_out = is_held_out(metadata.get("question") or metadata["prompt"])
             else:
                 held_out = metadata["kind"] != "repository" and is_held_out(document.id, self.held_out_fraction)
             if held_out:

@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 
 
 def arithmetic_documents(source: str, seed: int, count: int) -> Iterator[Document]:
-    """Yield worked arithmetic whose answers are right by recomputation; the prompt decides what is held out.
+    """Yield worked arithmetic whose answers are right by recomputation; the question decides what is held out.
 
     Raises ValueError for a worked answer that is wrong: the generator is at fault, not the data.
     """
@@ -39,6 +39,7 @@ def arithmetic_documents(source: str, seed: int, count: int) -> Iterator[Documen
                 "version": "",
             }
             details = {"source": source, "prompt": item["prompt"], "answer": item["answer"], "path": str(index)}
+            details["question"] = metadata["question"]
             yield Document(item["text"], f"{source}/arithmetic/{index}", metadata=kept | details)
 
 

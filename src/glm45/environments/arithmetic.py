@@ -21,6 +21,7 @@ def arithmetic_task(problem: Problem, thinking: bool = True) -> Task:
             "left": problem.left,
             "right": problem.right,
             "num_digits": problem.num_digits,
+            "question": problem.question,
         },
     )
 

@@ -1,4 +1,4 @@
-"""Task sets: JSONL files of tasks, the built-in families by name, and the split into train and held-out prompts."""
+"""Task sets: JSONL files of tasks, and the split into train and held-out questions."""
 
 import dataclasses
 import json
@@ -40,17 +40,30 @@ def read_tasks(path: str | Path) -> Iterator[Task]:
 
 
 def prompt_text(task: Task) -> str:
-    """Return what identifies a prompt for the split by hash: the text of its messages."""
+    """Return the text of a task's messages."""
     return "\n".join(_text(message.get("content")) for message in task.messages)
 
 
-def split_tasks(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    """Return (train, held-out) tasks; the same prompt is always on the same side, whoever generated it."""
+def question(task: Task) -> str:
+    """Return what the split goes by: `metadata["question"]` where a family can ask one thing in several ways.
+
+    Otherwise it is the text of the messages.
+    """
+    return task.metadata.get("question") or prompt_text(task)
+
+
+def is_held_out_task(task: Task) -> bool:
+    """Say whether a task's question belongs to the share that is never trained on."""
     from glm45.data.splits import is_held_out
 
+    return is_held_out(question(task))
+
+
+def split_tasks(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
+    """Return (train, held-out) tasks; the same question is always on the same side, whoever generated it."""
     sides: tuple[list[Task], list[Task]] = ([], [])
     for task in tasks:
-        sides[is_held_out(prompt_text(task))].append(task)
+        sides[is_held_out_task(task)].append(task)
     return sides
 
 

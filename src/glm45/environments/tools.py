@@ -23,7 +23,10 @@ def function(name: str, **parameters: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": schema}}
 
 
-CHORES = ("call Ann", "buy milk", "feed the cat", "pay rent", "water plants", "fix the bike", "read", "rest")
+CHORES = (
+    *("call Ann", "buy milk", "feed the cat", "pay rent", "water plants", "fix the bike", "read", "rest"),
+    *("cook", "bake bread", "take a walk", "mow the lawn"),
+)
 
 WEATHER = function("weather", city="string", day="string")
 REMIND = function("remind", what="string", hour="integer")
@@ -38,25 +41,29 @@ def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def tool_tasks(seed: int, count: int) -> Iterator[Task]:
     """Yield requests that need one call, two calls or none, each with one or two of three small tools offered.
 
-    The schemas are most of a prompt's tokens, hence not all three. Not in the report.
+    The schemas are most of a prompt's tokens, hence not all three. Requests for the same calls are one question: what
+    is held out is held out in all wordings. Not in the report.
     """
     for index in range(count):
         source = random.Random(derive_seed(seed, "tool tasks", index))
         text, calls = _draw_request(source)
+        answer = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        asked = sorted(json.dumps(call, sort_keys=True) for call in answer)
         yield Task(
             task_id=f"tools/{text}",
             verifier="tools",
             messages=[user(text)],
-            answer=[{"name": name, "arguments": arguments} for name, arguments in calls],
+            answer=answer,
             tools=_offer(source, {name for name, _ in calls}),
             thinking=False,
+            metadata={"question": " ".join(asked) or text},
         )
 
 
 def _draw_request(source: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     city, other = source.sample(CITIES, 2)
     day, hour, chore = source.choice(DAYS), source.randint(1, 12), source.choice(CHORES)
-    weekend, a, b = source.choice(DAYS[5:]), source.randint(10, 99), source.randint(1, 9)
+    weekend, a, b = source.choice(DAYS[4:]), source.randint(1, 99), source.randint(1, 9)
     return source.choice(
         (
             (f"How is the weather in {city} on {day}?", [("weather", {"city": city, "day": day})]),

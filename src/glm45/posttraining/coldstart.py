@@ -11,11 +11,10 @@ from itertools import islice
 
 from glm45.config import configuration
 from glm45.corpus.arithmetic import ArithmeticConfig, draw_problem, write_trace
-from glm45.data.splits import is_held_out
 from glm45.environments.arithmetic import arithmetic_task
 from glm45.environments.instructions import instruction_tasks, reference_reply
 from glm45.environments.protocol import Message, Task, assistant
-from glm45.environments.tasks import prompt_text
+from glm45.environments.tasks import is_held_out_task
 from glm45.environments.tools import tool_call, tool_tasks
 from glm45.posttraining.conversations import Conversation, answered
 from glm45.seeds import derive_seed
@@ -55,7 +54,7 @@ def _arithmetic(seed: int, config: ColdStartConfig) -> Iterator[Conversation]:
     source = random.Random(seed)
     while True:
         task = arithmetic_task(problem := draw_problem(source, config.arithmetic))
-        if is_held_out(prompt_text(task)):
+        if is_held_out_task(task):
             continue
         careful = source.random() < config.arithmetic.careful_share
         trace = write_trace(problem, careful, full=source.random() < config.arithmetic.full_share)
@@ -67,7 +66,7 @@ def _direct_arithmetic(seed: int, config: ColdStartConfig) -> Iterator[Conversat
     source = random.Random(seed)
     while True:
         task = arithmetic_task(problem := draw_problem(source, config.arithmetic), thinking=False)
-        if not is_held_out(prompt_text(task)):
+        if not is_held_out_task(task):
             yield answered(task, assistant(problem.answer), source="cold start")
 
 
@@ -113,7 +112,7 @@ def _endless(family: Callable[[int, int], Iterator[Task]], seed: int) -> Iterato
     batch = 0
     while True:
         for task in family(derive_seed(seed, batch), 256):
-            if not is_held_out(prompt_text(task)):
+            if not is_held_out_task(task):
                 yield task
         batch += 1
 

@@ -13,7 +13,7 @@ import torch
 from glm45.config import from_dict, read_json, to_dict
 from glm45.environments.protocol import Task
 from glm45.environments.science import expert_verified_only
-from glm45.environments.tasks import prompt_text, read_tasks
+from glm45.environments.tasks import question, read_tasks
 from glm45.model import hub
 from glm45.rl.config import RLConfig
 from glm45.rl.curriculum import Curriculum
@@ -115,10 +115,10 @@ def read_task_files(config: RLConfig) -> tuple[list[Task], list[Task]]:
         )
     if not train or not held_out:
         raise ValueError(f"{config.tasks} has {len(train)} tasks, {config.held_out} {len(held_out)}: both need some")
-    shared = {prompt_text(task) for task in train} & {prompt_text(task) for task in held_out}
+    shared = {question(task) for task in train} & {question(task) for task in held_out}
     if shared:
         raise ValueError(
-            f"{len(shared)} prompts are in both {config.tasks} and {config.held_out}, such as {min(shared)!r}: "
+            f"{len(shared)} questions are in both {config.tasks} and {config.held_out}, such as {min(shared)!r}: "
             "split them by hash (glm45.environments.tasks.split_tasks)"
         )
     # A random part, not the first: a file may hold one domain after another.

@@ -172,7 +172,7 @@ def define_train(parser: argparse.ArgumentParser) -> None:
     """`glm45 train RECIPE`: begin a run, or go on with it."""
     parser.add_argument("recipe", help="demo, nano_cpu, one_gpu, air or full; or a run's folder, to go on with it")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="dotted overrides of the recipe")
-    parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--run", dest="folder", metavar="DIR", help="run folder (default: runs/RECIPE-training)")
     parser.add_argument("--dry-run", action="store_true", help="print stages, memory and time; train nothing")
     parser.add_argument("--allow-change", action="store_true", help="go on although the recipe has changed")
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: what pays)")
@@ -186,7 +186,8 @@ def _train(options: argparse.Namespace) -> int:
     from glm45.training.run import Run
 
     config = override(training_recipe(options.recipe), options.overrides)
-    default = options.recipe if is_run_folder(options.recipe) else f"runs/{options.recipe}"
+    # `glm45 run` has runs/RECIPE
+    default = options.recipe if is_run_folder(options.recipe) else f"runs/{Path(options.recipe).stem}-training"
     folder = Path(options.folder or default)
     run = Run.open(folder, config, options.allow_change)
     if options.dry_run:
@@ -356,14 +357,16 @@ def define_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="num_tasks=, seed=, max_tokens=, ...")
     parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="suites; an unknown name lists them")
     parser.add_argument("--preset", metavar="NAME", help="the report's samples, temperature and judged characters")
-    parser.add_argument("--data", metavar="DIR", help="a data folder: print held-out perplexity by source and position")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row for --data (default: 512)")
+    parser.add_argument("--data", metavar="DIR", help="data folder for held-out perplexity (default: a whole run's)")
+    parser.add_argument(
+        "--length", type=int, help="longest context, in tokens (default: a whole run's, or the model's)"
+    )
     parser.add_argument("--contamination", metavar="DIR", help="look for the suites' prompts in these training data")
     parser.add_argument(
         "--judge", metavar="URL", help="an OpenAI-style endpoint that decides whether answers are right"
     )
     parser.add_argument("--judge-name", metavar="NAME", help="the judge's name at its endpoint")
-    parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of transcripts and results")
+    parser.add_argument("--out", metavar="DIR", help="folder of transcripts and results (default: evaluation/MODEL)")
     parser.add_argument("--served-name", metavar="NAME", help="the model's name at the endpoint")
     parser.add_argument("--no-extensions", action="store_true", help="send an endpoint only what OpenAI's API knows")
     parser.add_argument("--fetch", action="store_true", help="download the public benchmarks' packages (pinned hashes)")
@@ -380,18 +383,18 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError("name a checkpoint, a run or a URL to evaluate")
     if not options.suite and (options.contamination or (options.model and not options.data)):
         raise ValueError("name what to evaluate: --suite NAME ..., or --data DIR for held-out perplexity")
-    names = [word for word in options.suite if "=" not in word]
+    names = [word for word in options.suite if "=" not in word] or [command.PERPLEXITY]
     overrides = [*options.overrides, *(word for word in options.suite if "=" in word)]  # written after --suite's names
-    suites, folder = command.read_options(overrides, options.preset), Path(options.out)
+    suites = command.read_options(overrides, options.preset)
+    folder = Path(options.out) if options.out else command.default_folder(options.model)
     if options.contamination:
         command.check_contamination(names, Path(options.contamination), folder, suites)
-    if options.model and options.data:
-        command.measure_perplexity(options.model, options.data, options.length)
-    if options.model and options.suite:
+    if options.model:
         judge = command.open_judge(options.judge, options.judge_name) if options.judge else None
         target = command.open_target(options.model, options.served_name, extensions=not options.no_extensions)
         try:
-            command.evaluate(target, names, folder, suites, judge)
+            held_out = command.HeldOut.of(options.model, options.data, options.length)
+            command.evaluate(target, names, folder, suites, judge, held_out)
         finally:
             target.close()
 

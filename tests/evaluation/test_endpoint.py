@@ -1,6 +1,7 @@
 """Endpoints are asked patiently, refuse plainly, and give what a model in this process gives."""
 
 import asyncio
+import shutil
 import time
 
 import pytest
@@ -149,3 +150,76 @@ def test_the_project_s_server_gives_what_the_model_in_this_process_gives(checkpo
         with torch.no_grad():
             logprobs = model(ids).logits_BTV[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         assert value == pytest.approx(logprobs[start - 1 :].sum().item(), abs=1e-3)
+
+
+def test_a_prompt_beyond_the_context_is_a_wrong_answer_and_the_rest_is_asked(endpoint, chat, tmp_path):
+    def script(path, body):
+        if "much" in str(body):
+            return 400, {}, {"error": {"message": "too long", "code": "context_length_exceeded"}}
+        return 200, {}, chat("4")
+
+    endpoint.script = script
+    long = Task(task_id="l", verifier="mathematics", messages=[user("so much")], answer="4", thinking=False)
+    suite = Suite("two", [TASK, long], SuiteSettings())
+    result = run_suite(HttpTarget(endpoint.url, "m"), suite, tmp_path)
+    assert (result.metrics["score"].mean, result.metrics["unanswered"].mean) == (0.5, 0.5)
+    assert "context_length_exceeded" in (tmp_path / "transcripts.jsonl").read_text()
+    num_asked = len(endpoint.asked)
+    run_suite(HttpTarget(endpoint.url, "m"), suite, tmp_path)
+    assert len(endpoint.asked) == num_asked + 1, "what was not answered is asked again"
+
+
+def test_a_model_in_this_process_counts_prompts_beyond_its_context(checkpoint, tmp_path):
+    target = LocalTarget.load(checkpoint)
+    long = Task(task_id="l", verifier="mathematics", messages=[user("fox " * 9000)], answer="4", thinking=False)
+    settings = SuiteSettings(sampling=Sampling(max_tokens=2))
+    result = run_suite(target, Suite("two", [TASK, long], settings), tmp_path / "asked")
+    target.close()
+    assert result.metrics["unanswered"].mean == 0.5
+    assert "the context 2048" in (tmp_path / "asked/transcripts.jsonl").read_text()
+
+
+def test_answers_are_kept_under_the_weights_they_came_from(checkpoint, tmp_path):
+    from glm45.evaluation.command import checkpoint_folder
+    from glm45.evaluation.targets import fingerprint
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder(str(checkpoint)), folder)
+    assert fingerprint(folder) == fingerprint(checkpoint)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert fingerprint(folder) != fingerprint(checkpoint)
+
+
+def test_an_endpoint_is_named_by_the_model_it_lists(endpoint):
+    from glm45.evaluation.command import open_target
+
+    endpoint.script = lambda path, body: (200, {}, {"data": [{"id": "first"}]})
+    assert open_target(endpoint.url).name == f"{endpoint.url} first"
+
+
+def test_models_have_folders_of_their_own():
+    from glm45.evaluation.command import default_folder
+
+    names = ["runs/demo", "runs/demo2", "http://127.0.0.1:8000/v1", None]
+    assert [str(default_folder(name)) for name in names] == [
+        "evaluation/runs-demo",
+        "evaluation/runs-demo2",
+        "evaluation/http-127.0.0.1-8000-v1",
+        "evaluation",
+    ]
+
+
+def test_needles_fill_the_context_that_a_model_was_trained_for(checkpoint):
+    from glm45.environments.tokens import prompt_ids
+    from glm45.evaluation.suites import SuiteOptions, build_suite, fitted
+    from glm45.text.tokenizer import Tokenizer
+
+    target = LocalTarget.load(checkpoint)
+    options = SuiteOptions(num_tasks=3, max_tokens=32)
+    tasks = build_suite("long", fitted(options, target, 1024)).tasks
+    target.close()
+    lengths = [len(prompt_ids(task, Tokenizer.load(checkpoint))) for task in tasks]
+    assert [round(length / 1024, 1) for length in lengths] == pytest.approx([0.25, 0.5, 1.0], abs=0.15)
+    assert max(lengths) + 32 <= 1024

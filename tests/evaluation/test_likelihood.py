@@ -119,3 +119,42 @@ def test_an_interrupted_suite_scores_only_what_is_missing(tmp_path):
     result = run_choices(again, suite, tmp_path)
     assert again.num_asked == 2
     assert result.metrics["score"].mean == pytest.approx(2 / 5), "what was there is kept, ties are not right"
+
+
+def test_held_out_perplexity_by_source_and_position(checkpoint, tmp_path):
+    """A model whose logits are all equal needs the logarithm of the vocabulary's size for every token."""
+    import json
+    import math
+
+    import torch
+
+    from glm45.corpus.tokenize import tokenize_folder
+    from glm45.data.folder import update_manifest
+    from glm45.evaluation.command import HeldOut, evaluate
+    from glm45.evaluation.suites import SuiteOptions
+    from glm45.evaluation.targets import LocalTarget
+    from glm45.model import hub
+    from glm45.text.tokenizer import Tokenizer
+
+    documents, data, flat = (tmp_path / name for name in ("documents", "data", "flat"))
+    documents.mkdir()
+    for name, length in (("short.heldout", 20), ("long.heldout", 400), ("long.high", 20)):
+        lines = [json.dumps({"text": "fox dog " * length, "id": str(n), "metadata": {}}) + "\n" for n in range(4)]
+        (documents / f"{name}.jsonl").write_text("".join(lines))
+    update_manifest(data, tokenize_folder(documents, data, vocab_size=300, workers=1, tokenizer=checkpoint))
+    model = hub.load(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    hub.save(model, flat)
+    Tokenizer.load(checkpoint).save(flat)
+    target = LocalTarget.load(flat)
+    (result,) = evaluate(
+        target, ["perplexity"], tmp_path / "out", SuiteOptions(), held_out=HeldOut(data=data, length=256)
+    )
+    target.close()
+    assert all(nats.mean == pytest.approx(math.log(model.config.vocab_size), abs=1e-4) for nats in result.nats.values())
+    positions = [f"position {first} to {first + 64}" for first in (0, 64, 128, 192)]
+    assert set(result.nats) == {"short", "long", *positions}
+    assert result.nats[positions[0]].count > result.nats[positions[3]].count, "short documents have no late positions"
+    stored = json.loads((tmp_path / "out/perplexity/result.json").read_text())
+    assert stored["nats"]["short"]["mean"] == result.nats["short"].mean

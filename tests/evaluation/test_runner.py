@@ -1,20 +1,23 @@
 """Suites are judged rightly, resume where they were, and say how sure their figures are."""
 
 import json
+import math
+import re
 
 import pytest
 
-from glm45.data.splits import is_held_out
 from glm45.environments.protocol import Task, assistant, user
-from glm45.environments.tasks import prompt_text
+from glm45.environments.tasks import is_held_out_task, prompt_text
 from glm45.environments.tools import tool_call
 from glm45.evaluation.benchmarks import BENCHMARKS
 from glm45.evaluation.runner import TRANSCRIPTS, Suite, SuiteSettings, run_suite
 from glm45.evaluation.statistics import bootstrap
-from glm45.evaluation.suites import SUITES, SuiteOptions, build_suite
+from glm45.evaluation.suites import GROUPS, SUITES, SuiteOptions, build_suite, expand
 from glm45.evaluation.targets import Answer, Sampling
+from glm45.evaluation.word_problems import word_problems
 
 GENERATED = [name for name in SUITES if name not in (*BENCHMARKS, "base", "ifeval", "pathology", "long")]
+NUMERIC = ["arithmetic-thinking", "arithmetic-direct", "long"]
 
 
 class Scripted:
@@ -42,7 +45,7 @@ def gold(task, _):
     return assistant(str(task.answer))
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", [*GENERATED, "long"])
 def test_gold_answers_score_one_and_corrupted_ones_zero(name, tmp_path):
     suite = build_suite(name, SuiteOptions(num_tasks=6))
     right = run_suite(Scripted(gold), suite, tmp_path / "right")
@@ -54,12 +57,46 @@ def test_gold_answers_score_one_and_corrupted_ones_zero(name, tmp_path):
     assert wrong.metrics["score"].mean == 0
 
 
+@pytest.mark.parametrize("name", NUMERIC)
+def test_nearly_right_numbers_score_zero(name, tmp_path):
+    suite = build_suite(name, SuiteOptions(num_tasks=6))
+    for off in (1, -1, 10):
+        nearly = lambda task, _, off=off: assistant(str(int(task.answer) + off))  # noqa: E731
+        assert run_suite(Scripted(nearly, f"{off}"), suite, tmp_path).metrics["score"].mean == 0
+
+
+def test_the_form_of_answers_is_judged_whatever_they_say(tmp_path):
+    suite = build_suite("pathology", SuiteOptions(num_tasks=6))
+    fine = lambda task, _: assistant("It is fine.", "Let me think." if task.thinking else "")  # noqa: E731
+    silly = lambda task, _: assistant("on and on " * 30, "Let me think." if task.thinking else "")  # noqa: E731
+    for name, reply, score in (("fine", fine, 1), ("silly", silly, 0)):
+        assert run_suite(Scripted(reply, name), suite, tmp_path).metrics["score"].mean == score
+
+
+def test_groups_stand_for_public_benchmarks():
+    assert expand(["tools", "code", "aime"]) == ["tools", "humaneval", "aime24", "aime25"]
+    assert all(name in SUITES for group in GROUPS.values() for name in group)
+
+
+def test_word_problems_are_right():
+    """By the numbers in their texts, the way a reader would."""
+    for task in word_problems(1, 200):
+        question = task.messages[0]["content"]
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
+        if question.endswith(("keep?", "days?", "change?")):
+            whole = numbers.pop(numbers.index(max(numbers)))
+            expected = whole - math.prod(numbers)
+        else:
+            expected = numbers[0] * numbers[1] + numbers[2]
+        assert int(task.answer) == expected
+
+
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_suites_ask_only_held_out_prompts_and_the_same_ones_each_time(name):
-    tasks = build_suite(name, SuiteOptions(num_tasks=6)).tasks
-    assert all(is_held_out(prompt_text(task)) for task in tasks)
-    assert len({prompt_text(task) for task in tasks}) == len(tasks) == 6
-    assert tasks == build_suite(name, SuiteOptions(num_tasks=6)).tasks
+    tasks = build_suite(name, SuiteOptions(num_tasks=7)).tasks
+    assert all(is_held_out_task(task) for task in tasks)
+    assert len({prompt_text(task) for task in tasks}) == len(tasks) == 7
+    assert tasks == build_suite(name, SuiteOptions(num_tasks=7)).tasks
 
 
 def sums(count):

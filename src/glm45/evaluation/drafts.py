@@ -17,7 +17,7 @@ def draft_acceptance(path: Path, tasks: Sequence[Task], max_tokens: int = 64) ->
 
     Raises FileNotFoundError or ValueError for a folder that holds no checkpoint.
     """
-    model = hub.load(path).eval()
+    model = hub.load(path, device=hub.best_device()).eval()
     if not model.config.num_nextn_predict_layers:
         return None
     tokenizer = Tokenizer.load(path)

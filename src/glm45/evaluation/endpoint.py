@@ -2,18 +2,21 @@
 
 import asyncio
 import email.utils
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm45.environments.protocol import Task
-from glm45.evaluation.targets import Answer, Sampling
+from glm45.evaluation.targets import Answer, PromptTooLongError, Sampling
 
 if TYPE_CHECKING:
     import httpx
 
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses worth another attempt."""
+TOO_LONG = re.compile(r"context[_ ]length")
+"""What OpenAI's, vLLM's, SGLang's and our own refusals of a long prompt have in common."""
 LONGEST_WAIT_S = 120.0
 """Longest pause between two attempts; a server that asks for a longer one is given up."""
 
@@ -43,16 +46,20 @@ class HttpTarget:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._concurrency, self._attempts, self._first_wait_s = concurrency, attempts, first_wait_s
         self._extensions = extensions
-        self._model = model
+        self._url, self._model = url, model
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.name = f"{url} {model or ''}".strip()
         self.num_retries = 0
         """Attempts that had to be repeated so far."""
+
+    @property
+    def name(self) -> str:
+        """The address and the model's name there: an endpoint does not tell its weights."""
+        return f"{self._url} {self._model or ''}".strip()
 
     async def answer(self, task: Task, sampling: Sampling, seed: int) -> Answer:
         """See `Target.answer`. Raises ValueError for an answer that is not OpenAI's form and OSError without one."""
         body: dict[str, Any] = {
-            "model": await self._model_name(),
+            "model": await self.model_name(),
             "messages": task.messages,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -81,7 +88,7 @@ class HttpTarget:
             {"prompt": context + continuation, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
             for continuation in continuations
         ]
-        model = await self._model_name()
+        model = await self.model_name()
         answers = await asyncio.gather(*(self._ask("/completions", {"model": model, **body}) for body in bodies))
         return [
             self._sum_after(len(context), len(context + continuation), answered)
@@ -91,7 +98,7 @@ class HttpTarget:
     async def complete(self, prompt: str, *, max_tokens: int, stop: Sequence[str], temperature: float = 0.0) -> str:
         """Return the text that follows a prompt. Raises as `answer` does."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "stop": list(stop) or None}
-        answered = await self._ask("/completions", {"model": await self._model_name(), **body})
+        answered = await self._ask("/completions", {"model": await self.model_name(), **body})
         try:
             return str(answered["choices"][0]["text"])
         except (KeyError, IndexError, TypeError):
@@ -134,7 +141,8 @@ class HttpTarget:
     ) -> tuple[Any, float | None]:
         """Return an answer's JSON, or, as a string, why there is none for now, and the pause the server asks for.
 
-        Raises OSError for a refusal that another attempt would meet, too, and ValueError for what is not JSON.
+        Raises OSError for a refusal that another attempt would meet, too, PromptTooLongError for one that is about the
+        context, and ValueError for what is not JSON.
         """
         import httpx
 
@@ -144,6 +152,8 @@ class HttpTarget:
             return f"does not answer: {error!r}", None
         if response.status_code in BUSY:
             return f"answered {response.status_code}: {response.text[:300]}", retry_after(response.headers)
+        if response.status_code == 400 and TOO_LONG.search(response.text):
+            raise PromptTooLongError(response.text[:300])
         if response.status_code != 200:
             hint = ""
             if "chat_template_kwargs" in response.text:
@@ -168,7 +178,8 @@ class HttpTarget:
             self._slots = asyncio.Semaphore(self._concurrency)
         return self._client, self._slots
 
-    async def _model_name(self) -> str:
+    async def model_name(self) -> str:
+        """Return the model that is asked, the first that is listed if none was given. Raises as `answer` does."""
         if self._model is None:
             served = (await self._ask("/models", None)).get("data") or []
             if not served:

@@ -8,6 +8,7 @@ from typing import Any
 
 from glm45.environments.protocol import Task, user
 from glm45.evaluation.runner import (
+    ERROR,
     TRANSCRIPTS,
     Progress,
     Suite,
@@ -20,7 +21,7 @@ from glm45.evaluation.runner import (
     together,
 )
 from glm45.evaluation.statistics import bootstrap
-from glm45.evaluation.targets import Target
+from glm45.evaluation.targets import PromptTooLongError, Target
 
 LIKELIHOOD = "likelihood"
 """What stands in a task for a verifier: nothing is generated, so nothing is verified."""
@@ -53,7 +54,9 @@ def run_choices(target: Target, suite: Suite, folder: Path, *, progress: Progres
     asyncio.run(_score_all(target, suite, keys, transcripts, progress))
     values: dict[str, list[float]] = {}
     for task in suite.tasks:
-        for name, value in task_metrics(task, transcripts.rows[keys[task.task_id]]["loglikelihoods"]).items():
+        row = transcripts.rows[keys[task.task_id]]
+        metrics = task_metrics(task, row["loglikelihoods"])
+        for name, value in (metrics | {"unanswered": float(row.get("finish_reason") == ERROR)}).items():
             values.setdefault(name, []).append(value)
     result = SuiteResult(
         suite=suite.name,
@@ -67,16 +70,20 @@ def run_choices(target: Target, suite: Suite, folder: Path, *, progress: Progres
 async def _score_all(
     target: Target, suite: Suite, keys: dict[str, str], transcripts: Transcripts, progress: Progress
 ) -> None:
-    missing = [task for task in suite.tasks if keys[task.task_id] not in transcripts.rows]
+    missing = [task for task in suite.tasks if not transcripts.has(keys[task.task_id])]
     done = len(suite.tasks) - len(missing)
     progress(done, len(suite.tasks))
 
     async def score(task: Task) -> None:
         nonlocal done
         context = task.messages[0]["content"]
-        found = await target.loglikelihoods(context, task.metadata["choices"])
+        choices, more = task.metadata["choices"], {}
+        try:
+            found = await target.loglikelihoods(context, choices)
+        except PromptTooLongError as error:  # a tie is not right
+            found, more = [0.0] * len(choices), {"finish_reason": ERROR, "faults": [str(error)]}
         about: dict[str, Any] = {"task_id": task.task_id, "prompt": task.messages, "answer": task.answer}
-        transcripts.add(keys[task.task_id], **about, choices=task.metadata["choices"], loglikelihoods=found)
+        transcripts.add(keys[task.task_id], **about, choices=choices, loglikelihoods=found, **more)
         done += 1
         progress(done, len(suite.tasks))
 

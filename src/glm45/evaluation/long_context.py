@@ -10,6 +10,8 @@ from glm45.seeds import derive_seed
 NAMES = ("Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jill")
 PLACES = ("harbour", "garden", "market", "library", "station", "kitchen", "workshop", "meadow")
 DEEDS = ("walked to the", "rested near the", "painted the", "left the", "talked about the", "dreamt of the")
+SAMPLE = " ".join(f"{name} {deed} {place}." for name in NAMES for deed in DEEDS for place in PLACES)
+"""Text of the kind that needles are hidden in."""
 
 
 def needle_tasks(seed: int, count: int, characters: int) -> Iterator[Task]:
@@ -18,10 +20,12 @@ def needle_tasks(seed: int, count: int, characters: int) -> Iterator[Task]:
         source = random.Random(derive_seed(seed, "needle", index, characters))
         keeper, number = source.choice(NAMES), source.randint(1000, 9999)
         lines: list[str] = []
-        while sum(map(len, lines)) + len(lines) < characters:
+        written = 0
+        while written < characters:
             lines.append(f"{source.choice(NAMES)} {source.choice(DEEDS)} {source.choice(PLACES)}.")
+            written += len(lines[-1]) + 1
         depth = (index + 0.5) / count
         lines.insert(round(depth * len(lines)), f"The number that {keeper} keeps is {number}.")
         question = " ".join(lines) + f"\nWhich number does {keeper} keep? Answer with the number."
-        metadata = {"depth": depth, "characters": characters}
+        metadata = {"depth": depth, "family": f"{characters:,} characters"}
         yield mathematics_task(f"needle/{characters}/{index}/{keeper}-{number}", question, str(number), metadata)

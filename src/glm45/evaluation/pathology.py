@@ -17,7 +17,8 @@ MOST_MIXING = 0.05
 def without_pathology(tasks: Iterable[Task]) -> Iterator[Task]:
     """Ask the same questions and judge the form of the answers only."""
     for task in tasks:
-        yield dataclasses.replace(task, verifier=VERIFIER, answer=None, task_id=f"pathology/{task.task_id}")
+        mode = "thinking" if task.thinking else "direct"  # both ask the same arithmetic
+        yield dataclasses.replace(task, verifier=VERIFIER, answer=None, task_id=f"pathology/{mode}/{task.task_id}")
 
 
 class PathologyVerifier:

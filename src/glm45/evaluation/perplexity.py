@@ -12,14 +12,18 @@ from glm45.model import hub
 from glm45.model.transformer import Glm45
 from glm45.text.tokenizer import Tokenizer
 
+POSITION = "position"
+"""First word of the keys that are stretches of documents."""
+
 
 def held_out_perplexity(
     checkpoint: Path, data: Path, *, length: int, rows: int = 16, parts: int = 4
 ) -> dict[str, Estimate]:
     """Return nats per token on the held-out datasets of a data folder, with intervals over rows.
 
-    Keys are sources, and `position i/parts` for the mean over all sources in each stretch of the row: what a longer
-    context is worth. Raises ValueError if the data was made with another tokenizer, or has nothing held out.
+    Keys are sources, and `position a to b` for the mean over all sources of the tokens that stand there in their
+    document, in `parts` stretches up to `length`: what a longer context is worth. Raises ValueError if the data was
+    made with another tokenizer, or has nothing held out.
     """
     folder = DataFolder.open(data)
     fingerprint = Tokenizer.load(checkpoint).fingerprint
@@ -28,17 +32,19 @@ def held_out_perplexity(
         raise ValueError(f"{data} was tokenized with {made_with[:12]}, {checkpoint} has {fingerprint[:12]}")
     if not folder.held_out:
         raise ValueError(f"{data} has no held-out dataset")
-    model = hub.load(checkpoint).eval()
+    model = hub.load(checkpoint, device=hub.best_device()).eval()
     found: dict[str, list[float]] = {}
     for source, batches in held_out_batches(folder, length, 1, rows).items():
         for batch in batches:
-            nats_T, valid_T = _nats(model, batch)
-            if valid_T.any():
-                found.setdefault(source, []).append(nats_T[valid_T].mean().item())
-            stretches = zip(nats_T.chunk(parts), valid_T.chunk(parts), strict=True)
-            for number, (nats, valid) in enumerate(stretches, start=1):
-                if valid.any():
-                    found.setdefault(f"position {number}/{parts}", []).append(nats[valid].mean().item())
+            nats_T, valid_T = _nats(model, batch.to(model.device))
+            stretches_T = batch.positions_BT[0, 1:].to(model.device) * parts // length
+            masks = {source: valid_T}
+            for part in range(parts):
+                first, last = (length * each // parts for each in (part, part + 1))
+                masks[f"{POSITION} {first:,} to {last:,}"] = valid_T & (stretches_T == part)
+            for name, chosen_T in masks.items():
+                if chosen_T.any():
+                    found.setdefault(name, []).append(nats_T[chosen_T].mean().item())
     return {name: bootstrap(values) for name, values in found.items()}
 
 

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from glm45.config import configuration, to_dict
-from glm45.environments.protocol import Failure, Outcome, Reward, Task
+from glm45.environments.protocol import Failure, Outcome, Reward, Task, assistant
 from glm45.environments.verify import RewardConfig, RewardWorkers
 from glm45.evaluation.judge import VERDICTS, Judge
 from glm45.evaluation.statistics import Estimate, bootstrap
-from glm45.evaluation.targets import Sampling, Target
+from glm45.evaluation.targets import Answer, PromptTooLongError, Sampling, Target
 from glm45.rl.curriculum import pass_at_k
 from glm45.seeds import derive_seed
 
 TRANSCRIPTS = "transcripts.jsonl"
 ACCEPTANCE = "acceptance.json"  # of several models: the share of drafts that each accepts
 RESULT = "result.json"
+ERROR = "error"
+"""Finish reason of an answer that there is none of; its faults say why."""
 
 Answers = dict[str, list[dict[str, Any]]]
 """Transcript rows by task, in the order of their samples."""
@@ -63,12 +65,15 @@ class SuiteResult:
     suite: str
     target: str
     metrics: dict[str, Estimate]
-    """`score` is avg@n; `pass@k`; `well_formed`, `truncated` and every part that the verifier reports."""
+    """`score` is avg@n; `pass@k`; `well_formed`, `truncated`, `unanswered` (the prompt did not fit the context; such an
+    answer scores 0) and every part that the verifier reports."""
     failures: dict[str, int] = field(default_factory=dict)
     """Answers that could not be judged, by kind; they count in no metric."""
     num_answers: int = 0
     mean_tokens: float = 0.0
     """Mean completion tokens of an answer."""
+    nats: dict[str, Estimate] = field(default_factory=dict)
+    """Held-out nats a token by source (`base`) or by position in a document (`long`), where data were given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
@@ -139,6 +144,10 @@ class Transcripts:
                     continue
                 self.rows[row["key"]] = row
 
+    def has(self, key: str) -> bool:
+        """Whether there is an answer; one that failed is asked for again."""
+        return key in self.rows and self.rows[key].get("finish_reason") != ERROR
+
     def add(self, key: str, **values: Any) -> None:
         """Keep one row."""
         row = {"key": key, **values}
@@ -160,14 +169,17 @@ async def _answer_all(target: Target, suite: Suite, transcripts: Transcripts, pr
     settings = suite.settings
     jobs = [(task, sample) for task in suite.tasks for sample in range(settings.num_samples)]
     keys = {(task.task_id, sample): _key(target, task, settings.sampling, sample) for task, sample in jobs}
-    missing = [(task, sample) for task, sample in jobs if keys[task.task_id, sample] not in transcripts.rows]
+    missing = [(task, sample) for task, sample in jobs if not transcripts.has(keys[task.task_id, sample])]
     done = len(jobs) - len(missing)
     progress(done, len(jobs))
 
     async def answer(task: Task, sample: int) -> None:
         nonlocal done
         seed = derive_seed(settings.sampling.seed, suite.name, task.task_id, sample)
-        answer = await target.answer(task, settings.sampling, seed)
+        try:
+            answer = await target.answer(task, settings.sampling, seed)
+        except PromptTooLongError as error:
+            answer = Answer({**assistant(""), "faults": [str(error)]}, ERROR, 0)
         about = {"task_id": task.task_id, "sample": sample, "prompt": task.messages}
         transcripts.add(keys[task.task_id, sample], **about, **asdict(answer))
         done += 1
@@ -187,13 +199,19 @@ async def together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 def _verify(suite: Suite, answers: Answers, rewards: RewardConfig | None) -> dict[str, list[Outcome]]:
-    """Return the verifiers' outcomes, by task and sample."""
+    """Return the verifiers' outcomes, by task and sample; where there is no answer, 0."""
     with RewardWorkers(rewards) as workers:
         waiting = {
-            task.task_id: [workers.submit(task, visible(suite, row["message"])) for row in answers[task.task_id]]
+            task.task_id: [
+                workers.submit(task, visible(suite, row["message"])) if row["finish_reason"] != ERROR else None
+                for row in answers[task.task_id]
+            ]
             for task in suite.tasks
         }
-        return {name: [future.result() for future in futures] for name, futures in waiting.items()}
+        return {
+            name: [future.result() if future else Reward(0.0) for future in futures]
+            for name, futures in waiting.items()
+        }
 
 
 async def _consult(
@@ -202,7 +220,10 @@ async def _consult(
     """Replace the outcomes of tasks whose reference is text by a judge's verdicts."""
 
     async def consult(task: Task, sample: int) -> None:
-        text = visible(suite, answers[task.task_id][sample]["message"]).get("content") or ""
+        row = answers[task.task_id][sample]
+        if row["finish_reason"] == ERROR:
+            return
+        text = visible(suite, row["message"]).get("content") or ""
         key = digest(judge.name, task.messages, task.answer, text)
         if key not in verdicts.rows:
             correct, said = await judge.verdict(task, text)
@@ -224,11 +245,14 @@ async def _consult(
 def _summary(target: Target, suite: Suite, answers: Answers, outcomes: dict[str, list[Outcome]]) -> SuiteResult:
     failures: Counter[str] = Counter()
     values: dict[str, list[float]] = {}
+    families = {task.task_id: task.metadata.get("family") for task in suite.tasks}
     for name, rows in answers.items():
         failures.update(outcome.kind for outcome in outcomes[name] if isinstance(outcome, Failure))
         scored = [outcome for outcome in outcomes[name] if isinstance(outcome, Reward)]
         for metric, value in _task_metrics(rows, scored, suite.settings).items():
             values.setdefault(metric, []).append(value)
+            if metric == "score" and families[name]:
+                values.setdefault(f"part:{families[name]}", []).append(value)
     tokens = [row["num_tokens"] for rows in answers.values() for row in rows]
     return SuiteResult(
         suite=suite.name,
@@ -255,6 +279,7 @@ def _task_metrics(
     metrics = {
         "well_formed": sum(not row["message"].get("faults") for row in rows) / len(rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "unanswered": sum(row["finish_reason"] == ERROR for row in rows) / len(rows),
     }
     if not scored:
         return metrics

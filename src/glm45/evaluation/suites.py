@@ -1,6 +1,6 @@
 """Suites by name: which tasks are asked and how answers are drawn.
 
-Generated suites use only prompts that `is_held_out` keeps out of every training set.
+Generated suites ask only what `is_held_out_task` keeps out of every training set, and `long` texts of its own.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ from glm45.environments.tools import tool_tasks
 from glm45.evaluation.benchmarks import BENCHMARKS
 from glm45.evaluation.families import FAMILIES, family_tasks
 from glm45.evaluation.ifeval import ifeval
-from glm45.evaluation.long_context import needle_tasks
+from glm45.evaluation.long_context import SAMPLE, needle_tasks
 from glm45.evaluation.pathology import without_pathology
 from glm45.evaluation.runner import Suite, SuiteSettings
-from glm45.evaluation.targets import Sampling
+from glm45.evaluation.targets import LocalTarget, Sampling, Target
+from glm45.evaluation.word_problems import word_problems
 
 REPORT_SAMPLING = Sampling(temperature=0.6, top_p=0.95, max_tokens=81_920)
 """Of the report's evaluation toolkit (its public repository's defaults)."""
@@ -35,6 +36,12 @@ REPORT_SETTINGS = {
     "mmlu-pro": SuiteSettings(num_samples=1, sampling=REPORT_SAMPLING),
 }
 """Samples, temperature and judged characters of the report (section 4 and its toolkit), by benchmark."""
+
+
+UNKNOWN_CONTEXT = 2000
+"""Characters of the longest text of `long` for an endpoint, which does not tell what it was trained for."""
+AROUND_NEEDLE = 128
+"""Tokens left for the question and the chat's form, which a small vocabulary needs."""
 
 
 @configuration
@@ -51,12 +58,14 @@ class SuiteOptions:
     """Most tokens of one answer; 0 leaves that to `settings.sampling.max_tokens`."""
     limit: int = 0
     """Ask only so many tasks of a public benchmark; 0 asks all."""
-    characters: int = 2000
-    """Length of the text in the `long` suite."""
+    characters: int = 0
+    """Longest text of the `long` suite; 0 fills the context that the target was trained for, where it is known."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """Problems of the arithmetic suites."""
 
     def __post_init__(self) -> None:
+        if self.characters < 0:
+            raise ValueError(f"characters {self.characters} must be 0 or more")
         if self.num_tasks < 1 or self.max_tokens < 0:
             raise ValueError(f"num_tasks {self.num_tasks} must be 1 or more, max_tokens {self.max_tokens} 0 or more")
 
@@ -104,19 +113,34 @@ REASONING_FAMILIES = ("chain_sum", "spell_backward", "gcd", "simple_equations", 
 
 
 def reasoning(options: SuiteOptions) -> list[Task]:
-    """Held-out entries of several reasoning-gym families, in equal parts."""
-    each = dataclasses.replace(options, num_tasks=max(1, options.num_tasks // len(REASONING_FAMILIES)))
+    """Held-out entries of several reasoning-gym families and of our word problems, in equal parts."""
+    each = dataclasses.replace(options, num_tasks=max(1, options.num_tasks // (1 + len(REASONING_FAMILIES))))
 
     def family_tasks(family: str) -> Iterator[Task]:
         yield from held_out(lambda seed, n: reasoning_gym_tasks(family, seed, n), each)
 
-    return [task for family in REASONING_FAMILIES for task in family_tasks(family)]
+    return [*held_out(word_problems, each), *(task for family in REASONING_FAMILIES for task in family_tasks(family))]
 
 
 def base(options: SuiteOptions) -> list[Task]:
     """Multiple choice by likelihood from every generated family, in equal parts."""
     each = max(1, options.num_tasks // len(FAMILIES))
     return [task for family in FAMILIES for task in family_tasks(family, options.seed, each)]
+
+
+def long_context(options: SuiteOptions) -> list[Task]:
+    """Needles in texts of a quarter, half and all of the length."""
+    longest = options.characters or UNKNOWN_CONTEXT
+    each = max(1, options.num_tasks // 3)
+    return [task for part in (4, 2, 1) for task in needle_tasks(options.seed, each, longest // part)]
+
+
+def fitted(options: SuiteOptions, target: Target, length: int | None) -> SuiteOptions:
+    """Return options whose texts fill `length` tokens, or all of the target's context where that is not known."""
+    if options.characters or not isinstance(target, LocalTarget):
+        return options
+    room = min(length or target.max_length, target.max_length) - options.resolved_settings.sampling.max_tokens
+    return dataclasses.replace(options, characters=max(1, target.characters_in(room - AROUND_NEEDLE, SAMPLE)))
 
 
 def pathology(options: SuiteOptions) -> list[Task]:
@@ -138,17 +162,30 @@ SUITES: dict[str, Callable[[SuiteOptions], list[Task]]] = {
     "reasoning": reasoning,
     "base": base,
     "pathology": pathology,
-    "long": lambda options: list(needle_tasks(options.seed, options.num_tasks, options.characters)),
+    "long": long_context,
     "ifeval": benchmark(ifeval),
     **{name: benchmark(tasks) for name, tasks in BENCHMARKS.items()},
 }
 """Generated suites, and public benchmarks whose data `glm45 eval --fetch` brings."""
 
+GROUPS = {
+    "code": ["humaneval"],
+    "aime": ["aime24", "aime25"],
+    "math": ["math-500", "gsm"],
+    "bfcl": [name for name in BENCHMARKS if name.startswith("bfcl-")],
+}
+"""Names that stand for several public benchmarks."""
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Return names of suites, groups replaced by what they hold."""
+    return [each for name in names for each in GROUPS.get(name, [name])]
+
 
 def build_suite(name: str, options: SuiteOptions) -> Suite:
     """Return a suite by name. Raises ValueError with the known names."""
     if name not in SUITES:
-        raise ValueError(f"no suite {name!r}; known: {', '.join(SUITES)}")
+        raise ValueError(f"no suite {name!r}; known: {', '.join([*SUITES, *GROUPS])}")
     return Suite(name, SUITES[name](options), options.resolved_settings)
 
 

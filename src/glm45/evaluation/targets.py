@@ -1,5 +1,6 @@
 """What is evaluated: a model in this process, or any OpenAI-compatible endpoint (`glm45.evaluation.endpoint`)."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,20 +36,27 @@ class Answer:
     """Completion tokens, where the target tells; else 0."""
 
 
+class PromptTooLongError(ValueError):
+    """A prompt leaves no room for an answer in the target's context; the message has the numbers."""
+
+
 class Target(Protocol):
     """Something that answers, and says how likely a text is."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What answers are kept under: it changes with the weights as far as the target knows them."""
+        ...
 
     async def answer(self, task: Task, sampling: Sampling, seed: int) -> Answer:
-        """Answer a task's messages once."""
+        """Answer a task's messages once. Raises PromptTooLongError where they do not fit the context."""
         ...
 
     async def loglikelihoods(self, context: str, continuations: Sequence[str]) -> list[float]:
         """Return the log-probability of each continuation after `context`, in nats, summed over its tokens.
 
         The token that crosses the boundary, where there is one, belongs to the continuation. Raises ValueError where
-        the target cannot tell.
+        the target cannot tell, PromptTooLongError as `answer`.
         """
         ...
 
@@ -60,8 +68,9 @@ class Target(Protocol):
 class LocalTarget:
     """A model in this process, through the engine."""
 
-    def __init__(self, engine: Any, tokenizer: Any, name: str) -> None:
-        self.name = name
+    def __init__(self, engine: Any, tokenizer: Any, folder: Path) -> None:
+        self.name = f"{folder} {fingerprint(folder)}"
+        self.folder = folder
         self._engine, self._tokenizer = engine, tokenizer
 
     @classmethod
@@ -72,7 +81,7 @@ class LocalTarget:
         from glm45.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(path)
-        return cls(Engine(hub.load(path).eval(), tokenizer), tokenizer, str(path))
+        return cls(Engine(hub.load(path, device=hub.best_device()).eval(), tokenizer), tokenizer, path)
 
     async def answer(self, task: Task, sampling: Sampling, seed: int) -> Answer:
         """See `Target.answer`."""
@@ -80,10 +89,11 @@ class LocalTarget:
         from glm45.environments.tokens import prompt_ids, read_answer
 
         prompt = prompt_ids(task, self._tokenizer)
+        room = self._room_after(len(prompt))
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=max(1, min(sampling.max_tokens, self._engine.max_length - len(prompt))),
+            max_tokens=min(sampling.max_tokens, room),
             seed=seed,
         )
         (completion,) = await self._engine.generate_async(prompt, params)
@@ -91,7 +101,7 @@ class LocalTarget:
         return Answer(message, completion.finish_reason, len(completion.token_ids))
 
     async def loglikelihoods(self, context: str, continuations: Sequence[str]) -> list[float]:
-        """See `Target.loglikelihoods`. Raises ValueError for a text that fills the engine's context."""
+        """See `Target.loglikelihoods`."""
         from glm45.engine.request import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
@@ -99,13 +109,40 @@ class LocalTarget:
         found = []
         for continuation in continuations:
             ids = self._tokenizer.encode(context + continuation)
+            self._room_after(len(ids))
             (completion,) = await self._engine.generate_async(ids, params)
             found.append(sum(completion.prompt_logprobs[num_shared(context_ids, ids) :]))
         return found
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the context, prompt and answer together."""
+        return self._engine.max_length
+
+    def characters_in(self, num_tokens: int, sample: str) -> int:
+        """Return about how many characters of a text like `sample` so many tokens hold."""
+        return num_tokens * len(sample) // len(self._tokenizer.encode(sample))
+
+    def _room_after(self, num_tokens: int) -> int:
+        if num_tokens >= self.max_length:
+            raise PromptTooLongError(f"the prompt has {num_tokens} tokens and the context {self.max_length}")
+        return self.max_length - num_tokens
+
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what names the contents of a checkpoint folder: weights, configuration, tokenizer, template.
+
+    Every byte is read, about a second a gigabyte: less than loading takes.
+    """
+    total = hashlib.blake2b(digest_size=8)
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
+        with file.open("rb") as content:
+            total.update(file.name.encode() + hashlib.file_digest(content, "blake2b").digest())
+    return total.hexdigest()
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:

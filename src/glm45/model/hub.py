@@ -168,6 +168,11 @@ def load(
     return model
 
 
+def best_device() -> torch.device:
+    """Return the device that a model is answered with: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if not index.is_file():

@@ -143,7 +143,7 @@ def open_rollout(
 ) -> Iterator[Rollout]:
     """Sample the policy in a hub folder. Raises ValueError if a verifier of `tasks` cannot judge on this machine."""
     tokenizer = Tokenizer.load(policy)
-    model = hub.load(policy, dtype=torch.float32).eval()
+    model = hub.load(policy, dtype=torch.float32, device=hub.best_device()).eval()
     with RewardWorkers(rewards) as workers, Engine(model, tokenizer, EngineConfig()) as engine:
         workers.prove(task.verifier for task in tasks)
         yield Rollout(InProcessClient(engine), tokenizer, workers, config)

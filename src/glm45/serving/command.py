@@ -13,6 +13,7 @@ import uvicorn
 
 from glm45.config import configuration
 from glm45.engine.engine import Engine, EngineConfig
+from glm45.model.hub import best_device
 from glm45.serving.app import build_app
 from glm45.serving.limits import Keys, Limits
 from glm45.serving.service import Service
@@ -59,7 +60,7 @@ class ServeConfig:
 
 def load_engine(path: str, config: ServeConfig) -> tuple[Source, Engine]:
     """Load a checkpoint or run and start an engine on it."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device().type if config.device == "auto" else config.device
     dtype = None if config.precision == "auto" else getattr(torch, config.precision)
     source = load_source(path, dtype, device)
     return source, Engine(source.model, source.tokenizer, config.engine)

@@ -1,5 +1,6 @@
 """Pages stand alone, escape what they are given, and draw in the page's own colours."""
 
+import math
 import re
 import xml.dom.minidom
 
@@ -11,7 +12,7 @@ def drawings():
         lines({"a": ([1, 2, 3], [3, 1, 2]), "b": ([1, 2], [2, 2])}, "t", "x", "y", marks={"m": 2}, log=True),
         lines({"a": ([1, 2], [1, 2])}, "t", "x", "y", bands={"a": ([0, 1], [2, 3])}),
         bars({"one": 1, "two": 2}, "t", "x", intervals={"one": (0.5, 1.5)}),
-        heat_map([[1, 2], [3, 4]], "t", "x", "y", extent=(0, 2)),
+        heat_map({"a": [1, math.nan], "b": [3, 4]}, "t", "x", extent=(0, 2)),
         histogram([1, 10, 100, 0], "t", "x", log_x=True),
     ]
 

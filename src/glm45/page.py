@@ -154,11 +154,11 @@ def bars(
     return _svg(figure)
 
 
-def heat_map(rows: Sequence[Sequence[float]], title: str, x: str, y: str, *, extent: tuple[float, float]) -> str:
-    """Draw a matrix, its first row at the bottom; `extent` is the range of x."""
-    figure, axes = _axes(title, x, y)
+def heat_map(rows: Mapping[str, Sequence[float]], title: str, x: str, *, extent: tuple[float, float]) -> str:
+    """Draw named rows of a matrix, the first at the bottom; `extent` is the range of x, what is NaN stays empty."""
+    figure, axes = _axes(title, x, "")
     image = axes.imshow(
-        rows,
+        list(rows.values()),
         aspect="auto",
         origin="lower",
         cmap="viridis",
@@ -166,7 +166,7 @@ def heat_map(rows: Sequence[Sequence[float]], title: str, x: str, y: str, *, ext
         interpolation="nearest",
     )
     axes.grid(visible=False)
-    axes.set_yticks(range(len(rows)))
+    axes.set_yticks(range(len(rows)), list(rows))
     bar = figure.colorbar(image, ax=axes, fraction=0.05)
     bar.ax.tick_params(colors=INK, labelsize=7)
     bar.outline.set_visible(False)

@@ -37,7 +37,9 @@ def test_a_layer_that_did_not_run_rings_no_alarm():
     """The MTP layer of a stage whose MTP loss has no weight."""
     monitor = RouterMonitor(HealthConfig())
     monitor.add(torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
-    assert monitor.look()[1] == []
+    balance, alarms = monitor.look()
+    assert alarms == []
+    assert balance["max_violation"] == [0.0, None]
 
 
 def test_the_default_alarm_can_ring_on_the_smallest_model():

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from glm45.pipeline import RECORD
 from glm45.report.reinforcement import add_reinforcement
 from glm45.report.training import add_training
 
+REPORT = "report.html"
 CONFIGURATION = "run.json"
 """File of a whole run with its resolved configuration."""
 
@@ -23,41 +24,49 @@ LIMITS = (
     "careful of the ways that fine-tuning taught it. The share of careful answers is reported beside the accuracy.",
     "Held-out prompts are split by hash from the same generators as the training prompts: these figures show learning "
     "within a family of tasks, not transfer to others.",
+    "An expert may be weaker than the unified model, as in the demo: the unified model learns from more examples than "
+    "any expert, so what it keeps of an expert says little about unification at scale.",
     "Intervals are bootstrap intervals over tasks for one trained model; they do not cover other seeds.",
 )
 """What the numbers do not show."""
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: Path, out: Path | None = None, *, stale: Collection[str] = ()) -> Path:
     """Write the report of a run folder (default: its `report.html`) and return its path.
 
-    Raises FileNotFoundError if the folder holds no finished step.
+    Steps in `stale` are named but not shown: they belong to another configuration or to other inputs. Raises
+    FileNotFoundError if the folder holds no other finished step.
     """
-    records = dict(_records(run))
+    finished = dict(_records(run))
+    records = {name: record for name, record in finished.items() if name not in stale}
     if not records:
-        raise FileNotFoundError(f"{run} holds no finished step: run `glm45 run` first")
+        raise FileNotFoundError(f"{run} holds no finished step that is up to date: run `glm45 run` first")
     page = Page(f"glm45: {run.name}", f"{len(records)} steps, {_hours(records)}")
+    if left_out := ", ".join(name for name in finished if name in stale):
+        page.text(f"Not shown, since made with another configuration or from other inputs: {left_out}.")
     _add_costs(page, records)
     if (run / CONFIGURATION).exists():
         page.sample("configuration", "", folded=(run / CONFIGURATION).read_text(), name="resolved, as JSON")
-    for name in records:
+    tokens: dict[str, dict[str, int]] = {}  # of each dataset, by the step that made the data
+    for name, record in records.items():
         folder = run / "steps" / name
         if (folder / "manifest.json").exists():
             manifest = json.loads((folder / "manifest.json").read_text())
             if manifest["datasets"]:  # a corpus that a later step tokenizes is told there
                 _add_corpus(page, manifest)
+                tokens[name] = {key: entry["tokens"] for key, entry in manifest["datasets"].items()}
         if (folder / "metrics.jsonl").exists() and (folder / "policy").exists():
             page.section(f"Reinforcement learning: {name}")
             add_reinforcement(page, folder)
         elif (folder / "metrics.jsonl").exists():
             page.section(f"Training: {name}")
-            add_training(page, folder)
+            add_training(page, folder, next((tokens[need] for need in record["tokens"] if need in tokens), {}))
     _add_evaluation(page, run, list(records))
     _add_lineage(page, records)
     page.section("What the numbers do not show")
     for limit in LIMITS:
         page.text(limit)
-    path = out or run / "report.html"
+    path = out or run / REPORT
     draft = path.with_name(f".{path.name}")
     draft.write_text(page.html(), encoding="utf-8")
     draft.replace(path)
@@ -95,9 +104,13 @@ def _add_costs(page: Page, records: Mapping[str, Mapping[str, Any]]) -> None:
     page.plots(bars({name: record["wall_seconds"] for name, record in records.items()}, "Time by step", "seconds"))
 
 
+PACKAGES = ("glm45", "torch", "numpy", "tokenizers", "safetensors", "datatrove", "scikit-learn", "math-verify")
+"""Whose versions are told."""
+
+
 def _machine() -> str:
     versions = []
-    for package in ("glm45", "torch", "numpy", "tokenizers"):
+    for package in PACKAGES:
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -120,11 +133,23 @@ def _processor() -> str:
 def _add_corpus(page: Page, manifest: Mapping[str, Any]) -> None:
     page.section("Data")
     tokens = {key: entry["tokens"] for key, entry in manifest["datasets"].items()}
-    if tokens:
-        page.plots(bars({key: value / 1e6 for key, value in tokens.items()}, "Tokens by dataset", "million tokens"))
+    page.plots(bars({key: value / 1e6 for key, value in tokens.items()}, "Tokens by dataset", "million tokens"))
+    if sources := manifest.get("recipe", {}).get("sources", []):
+        page.table(
+            ["source", "read as", "what", "licences"], [_source_row(each, manifest) for each in sources], numbers_from=9
+        )
     steps = manifest.get("steps", [])
     if steps:
         page.table(["step", "documents left", "dropped for"], [_step_row(step) for step in steps], numbers_to=2)
+
+
+def _source_row(source: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Return a source with the packages it gave, where it was fetched with their versions, and their licences."""
+    units = [unit for unit in manifest.get("units", []) if unit["source"] == source["name"]]
+    what = ", ".join(f"{unit['package']} {unit['version']}".strip() for unit in units)
+    fetched = len(manifest.get("downloads", {}).get(source["name"], {}))
+    licences = sorted({unit["license"] for unit in units}) or [source["license"]]
+    return [source["name"], source["reader"], what + (f" ({fetched} fetched)" if fetched else ""), "; ".join(licences)]
 
 
 def _step_row(step: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,13 @@
 """What a training run's folder says, as plots and tables: loss by stage, held-out loss, experts, attention, samples."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from glm45.config import from_dict
+from glm45.data.mixture import Mixture, epochs, shares
 from glm45.page import Page, heat_map, lines
 from glm45.training.metrics import read_record
 
@@ -12,15 +15,18 @@ MOST_POINTS = 400
 """A plot shows at most so many points of a series: each the mean of its neighbours."""
 
 
-def add_training(page: Page, folder: Path) -> None:
-    """Add the plots and samples of a run folder. Raises FileNotFoundError if there is no log of record in it."""
+def add_training(page: Page, folder: Path, tokens: Mapping[str, int]) -> None:
+    """Add the plots and samples of a run folder; `tokens` are those of each dataset that it reads.
+
+    Raises FileNotFoundError if there is no log of record in the folder.
+    """
     record = read_record(folder)
     steps = [line for line in record if "event" not in line and "skipped" not in line]
     if not steps:
         page.text("No step was taken.")
         return
-    if (folder / "config.json").exists():
-        _stages(page, json.loads((folder / "config.json").read_text())["stages"])
+    config = json.loads((folder / "config.json").read_text())
+    _stages(page, config["stages"], tokens)
     marks = _stage_starts(steps)
     loss = {
         "loss": thin([line["tokens"] for line in steps], [line["loss"] for line in steps]),
@@ -33,23 +39,38 @@ def add_training(page: Page, folder: Path) -> None:
         lines(rate, "Learning rate", "tokens", "rate", marks=marks),
         _held_out(record, tokens_at, marks),
         _attention(record, tokens_at),
-        *_experts(record, tokens_at, marks),
+        *_experts(record, tokens_at, marks, config["model"]["num_nextn_predict_layers"]),
     )
     _alarms(page, record, steps)
     _samples(page, folder)
 
 
-def _stages(page: Page, stages: Sequence[dict[str, Any]]) -> None:
-    """Add the stages with what each reads."""
-    header = ["stage", "tokens", "length", "batch", "RoPE base", "MTP weight", "packing", "mixture"]
-    rows = []
+def _stages(page: Page, stages: Sequence[dict[str, Any]], tokens: Mapping[str, int]) -> None:
+    """Add the stages with what each reads: weights and repeats as asked for, and the shares that they come to."""
+    header = ["stage", "tokens", "length", "batch", "RoPE base", "MTP weight", "packing", "mixture", "repeats"]
+    rows, read = [], []
     for stage in stages:
         total = sum(stage["mixture"]["weights"].values())
         parts = [f"{name} {weight / total:.0%}" for name, weight in stage["mixture"]["weights"].items() if weight]
         figures = (f"{stage[key]:,}" for key in ("tokens", "sequence_length", "batch_tokens"))
-        more = [f"{stage['rope_theta']:,.0f}", stage["mtp_weight"], stage["packing"], ", ".join(parts)]
+        repeats = ", ".join(f"{name} × {times}" for name, times in stage["mixture"]["repeats"].items()) or "–"
+        more = [f"{stage['rope_theta']:,.0f}", stage["mtp_weight"], stage["packing"], ", ".join(parts), repeats]
         rows.append([stage["name"], *figures, *more])
+        read += _shares(stage, tokens)
     page.table(header, rows, numbers_to=6)
+    if read:
+        page.table(["stage", "dataset", "share", "times read"], read, numbers_from=2)
+
+
+def _shares(stage: dict[str, Any], tokens: Mapping[str, int]) -> list[list[str]]:
+    """Return the share of a stage's tokens that each dataset gives, and how often that reads it."""
+    if not tokens:
+        return []
+    mixture = from_dict(Mixture, stage["mixture"])
+    times = epochs(mixture, tokens, stage["tokens"])
+    return [
+        [stage["name"], name, f"{share:.1%}", f"{times[name]:.2f}"] for name, share in shares(mixture, tokens).items()
+    ]
 
 
 def thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -98,16 +119,28 @@ def _attention(record: Sequence[dict[str, Any]], tokens_at: dict[int, int]) -> s
     return lines(series, "Largest attention logit by layer", "tokens", "|logit|")
 
 
-def _experts(record: Sequence[dict[str, Any]], tokens_at: dict[int, int], marks: dict[str, float]) -> list[str]:
+def _experts(
+    record: Sequence[dict[str, Any]], tokens_at: dict[int, int], marks: dict[str, float], num_mtp: int
+) -> list[str]:
+    """Draw MaxVio by layer; a layer that did not run has none (in older records -1). MTP layers come last."""
     looks = [look for look in _events(record, "health") if look.get("max_violation")]
     if len(looks) < 2:
         return []
     xs = [tokens_at.get(look["step"], 0) for look in looks]
-    by_layer = list(zip(*(look["max_violation"] for look in looks), strict=True))
-    series = {f"MoE layer {layer}": (xs, values) for layer, values in enumerate(by_layer)}
+    num_layers = len(looks[0]["max_violation"])
+    names = [f"MoE layer {layer}" if layer < num_layers - num_mtp else "MTP layer" for layer in range(num_layers)]
+    series = {
+        name: (xs, [math.nan if value is None or value < 0 else value for value in values])
+        for name, values in zip(names, zip(*(look["max_violation"] for look in looks), strict=True), strict=True)
+    }
     return [
         lines(series, "Expert balance: MaxVio (0 is even)", "tokens", "MaxVio", marks=marks),
-        heat_map(by_layer, "Expert balance by layer over time", "tokens", "MoE layer", extent=(xs[0], xs[-1])),
+        heat_map(
+            {name: values for name, (_, values) in series.items()},
+            "Expert balance by layer over time",
+            "tokens",
+            extent=(xs[0], xs[-1]),
+        ),
     ]
 
 

@@ -52,11 +52,15 @@ class RouterMonitor:
         ran = self.loads_LE.sum(dim=1).nonzero().flatten().tolist()
         self.loads_LE = None
         alarms = [message for layer in ran for message in self._alarms(health, layer)]
+        columns = {
+            "max_violation": health.max_violation_L,
+            "busiest_share": health.busiest_share_L,
+            "entropy": health.entropy_L,
+            "dead_experts": health.dead_experts_L,
+        }
         return {
-            "max_violation": [round(value, 6) for value in health.max_violation_L.tolist()],
-            "busiest_share": [round(value, 6) for value in health.busiest_share_L.tolist()],
-            "entropy": [round(value, 6) for value in health.entropy_L.tolist()],
-            "dead_experts": health.dead_experts_L.tolist(),
+            name: [round(value, 6) if layer in ran else None for layer, value in enumerate(values_L.tolist())]
+            for name, values_L in columns.items()
         }, alarms
 
     def state(self) -> list[list[float]] | None:

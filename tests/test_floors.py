@@ -24,6 +24,7 @@ FLOORS = [
     "kernels",
     "page",
     "pipeline",
+    "costs",
     "seeds",
     "config",
 ]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ HERE = Path(__file__)
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     """Let the steps' processes import this file's functions."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent), prepend=os.pathsep)
 
 
 def count(context: Context) -> None:
@@ -98,6 +99,41 @@ def test_steps_can_be_chosen_and_skipped(tmp_path):
         graph(tmp_path).run(only=["x"])
 
 
+def test_unknown_names_are_refused_before_anything_is_thrown_away(tmp_path):
+    graph(tmp_path).run(only=["a", "b"])
+    with pytest.raises(ValueError, match="no step 'typo'"):
+        graph(tmp_path).run(again=["a", "typo"])
+    with pytest.raises(ValueError, match="'d' needs"):
+        graph(tmp_path).run(again=["b"], only=["d"])
+    assert graph(tmp_path).pending() == ["c", "d"]
+
+
+@pytest.mark.slow
+def test_a_step_and_what_needs_it_run_again_when_asked(tmp_path):
+    graph(tmp_path).run()
+    assert graph(tmp_path).run(again=["b"]) == ["b", "d"]
+    assert runs(tmp_path) == {"a": 1, "b": 2, "c": 1, "d": 2}
+
+
+def test_looking_at_a_finished_run_reads_every_record_once(tmp_path, monkeypatch):
+    """Steps that each need all before them: without a memory every path through the graph is a reading."""
+    names = [f"s{number}" for number in range(20)]
+    steps = [Step(name, "test_pipeline:count", {}, tuple(names[:number])) for number, name in enumerate(names)]
+    pipeline = Pipeline(tmp_path, steps)
+    for name in names:
+        pipeline.folder_of(name).mkdir(parents=True)
+        identity, token = pipeline._identity(pipeline.steps[name]), f"token-{name}"
+        (pipeline.folder_of(name) / "step.json").write_text(json.dumps({"identity": identity, "token": token}))
+    read = []
+    record = pipeline.record
+    monkeypatch.setattr(pipeline, "record", lambda name: read.append(name) or record(name))
+    assert pipeline.pending() == []
+    asked = len(read)
+    assert asked <= 20 + 20 * 19 / 2  # its own, and its inputs' for its identity
+    assert [pipeline.fraction(name)[0] for name in names] == [1.0] * 20
+    assert len(read) == asked
+
+
 def test_a_failure_names_the_step_and_its_cause(tmp_path):
     with pytest.raises(StepError, match=r"step 'bad' failed: ValueError: cannot do bad .*output\.log"):
         Pipeline(tmp_path, [Step("bad", "test_pipeline:fail")]).run()
@@ -109,6 +145,54 @@ def test_records_hold_lineage_and_cost(tmp_path):
     lineage = pipeline.lineage()
     assert lineage["d"]["tokens"] == {"b": lineage["b"]["token"], "c": lineage["c"]["token"]}
     assert all(record["peak_memory_bytes"] > 1e6 and record["cpu_seconds"] > 0 for record in lineage.values())
+
+
+def large(context: Context) -> None:
+    """Hold 60 MB in each of two helpers, each of which is busy for a second and a half."""
+    size = 60_000_000
+    helpers = [multiprocessing.get_context("fork").Process(target=hold, args=(size,)) for _ in range(2)]
+    for helper in helpers:
+        helper.start()
+    for helper in helpers:
+        helper.join()
+
+
+def hold(size: int) -> None:
+    block, end = bytearray(size), time.process_time() + 1.5
+    while time.process_time() < end:
+        block[:: 1 << 12] = bytes(len(block[:: 1 << 12]))
+
+
+@pytest.mark.slow
+def test_costs_are_of_all_processes_of_a_step_together_and_of_no_other(tmp_path):
+    ballast = bytearray(b"x" * 400_000_000)  # of the command's, which the system counts as a peak of its children
+    pipeline = Pipeline(tmp_path, [Step("s", "test_pipeline:large")])
+    pipeline.run()
+    del ballast
+    record = pipeline.record("s")
+    assert 120e6 < record["peak_memory_bytes"] < 220e6
+    assert 2.8 < record["cpu_seconds"] < 5
+
+
+@pytest.mark.slow
+def test_costs_of_a_killed_attempt_count(tmp_path):
+    (tmp_path / "hold").touch()
+    pipeline = Pipeline(tmp_path, [Step("s", "test_pipeline:slow")])
+    kept = tmp_path / "steps/s/started.json"
+
+    def kill(*_):
+        if kept.exists() and json.loads(kept.read_text())["costs"].get("wall_seconds", 0) > 0.9:
+            (step,) = (int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+            os.kill(step, signal.SIGKILL)
+
+    with pytest.raises(StepError, match="ended by signal 9"):
+        pipeline.run(watch=kill)
+    before = json.loads(kept.read_text())["costs"]
+    (tmp_path / "hold").unlink()
+    pipeline.run()
+    record = pipeline.record("s")
+    assert record["wall_seconds"] > before["wall_seconds"] + 0.7
+    assert record["cpu_seconds"] > before["cpu_seconds"] > 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from glm45.costs import Costs
 
 RECORD = "step.json"
 STARTED = "started.json"
@@ -51,8 +52,8 @@ class Step:
     """Names of the steps whose folders it reads."""
     cores: int = 1
     """How many cores it keeps busy: steps run side by side while their cores fit the machine."""
-    seconds: float = 60.0
-    """Expected duration on two laptop cores, for the display's time left."""
+    seconds: float | None = None
+    """Expected duration on two laptop cores, for the display's time left; None if nobody has measured it."""
 
 
 @dataclass
@@ -115,6 +116,7 @@ class Pipeline:
             if unknown:
                 raise ValueError(f"step {step.name!r} needs {unknown[0]!r}, which is not among the steps before it")
             self.steps[step.name] = step
+        self._current: dict[str, bool] = {}  # what `is_current` found since a step last changed
 
     def folder_of(self, name: str) -> Path:
         """Return the folder of a step."""
@@ -126,12 +128,14 @@ class Pipeline:
 
     def is_current(self, name: str) -> bool:
         """Whether a step has finished with today's configuration on today's inputs."""
-        record = self.record(name)
-        return (
-            record is not None
-            and all(self.is_current(need) for need in self.steps[name].needs)
-            and record["identity"] == self._identity(self.steps[name])
-        )
+        if name not in self._current:
+            record = self.record(name)
+            self._current[name] = (
+                record is not None
+                and all(self.is_current(need) for need in self.steps[name].needs)
+                and record["identity"] == self._identity(self.steps[name])
+            )
+        return self._current[name]
 
     def pending(self) -> list[str]:
         """Return the steps that are not up to date, in order."""
@@ -141,6 +145,7 @@ class Pipeline:
         """Throw a step's output away; what depends on it becomes stale by itself. Raises ValueError if unknown."""
         self.check_known([name])
         shutil.rmtree(self.folder_of(name), ignore_errors=True)
+        self._current.clear()
 
     def check_known(self, names: Sequence[str]) -> None:
         """Raise ValueError for a name that is no step, listing those that are."""
@@ -161,29 +166,38 @@ class Pipeline:
         *,
         only: Sequence[str] = (),
         skip: Sequence[str] = (),
+        again: Sequence[str] = (),
         cores: int | None = None,
+        prepare: Callable[[], None] | None = None,
         watch: Callable[["Pipeline", dict[str, float]], None] | None = None,
-    ) -> None:
-        """Bring the run up to date, side by side where cores and needs allow.
+    ) -> list[str]:
+        """Bring the run up to date, side by side where cores and needs allow; return the steps that were run.
 
-        `only` restricts it to these steps (their inputs must be there), `skip` leaves steps and what needs them out.
-        `watch(pipeline, started)` is called a few times a second with the start time of every running step. Raises
+        `only` restricts it to these steps (their inputs must be there), `skip` leaves steps and what needs them out,
+        `again` throws the output of steps away first. `prepare` is called once the folder is this command's alone,
+        `watch(pipeline, started)` every second and at every change, with the start time of every running step. Raises
         StepError when a step fails, after the others have been stopped; Ctrl-C stops every step by SIGINT, so that
         each can save. Raises ValueError if another process is at work in this run's folder.
         """
-        self.check_known([*only, *skip])
+        self.check_known([*only, *skip, *again])
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / LOCK, f"another command is running in {self.folder}: wait for it or stop it"):
-            self._run(set(only), set(skip), cores or os.cpu_count() or 1, watch)
+            self._current = dict.fromkeys(again, False)  # and what another command changed before is looked at anew
+            todo = self._todo(set(only), set(skip))  # refuses before anything is thrown away
+            for name in again:
+                self.invalidate(name)
+            if prepare is not None:
+                prepare()
+            self._run(list(todo), cores or os.cpu_count() or 1, watch)
+        return todo
 
     def _run(
         self,
-        only: set[str],
-        skip: set[str],
+        todo: list[str],
         cores: int,
         watch: Callable[["Pipeline", dict[str, float]], None] | None,
     ) -> None:
-        todo, free, capacity = self._todo(only, skip), cores, cores
+        free, capacity, watched = cores, cores, 0.0
         running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         try:
             while todo or running:
@@ -193,13 +207,17 @@ class Pipeline:
                         running[name] = (self._start(self.steps[name], share), time.time())
                         todo.remove(name)
                         free -= share
+                        watched = 0.0
                 for name, (process, _) in list(running.items()):
                     if process.poll() is not None:
                         del running[name]
+                        self._current.clear()
+                        watched = 0.0
                         free += min(self.steps[name].cores, capacity)
                         if process.returncode:
                             raise StepError(self._explain_failure(name, process.returncode))
-                if watch is not None:
+                if watch is not None and time.monotonic() - watched >= 1.0:
+                    watched = time.monotonic()
                     watch(self, {name: started for name, (_, started) in running.items()})
                 time.sleep(0.1)
         finally:
@@ -220,6 +238,7 @@ class Pipeline:
     def _start(self, step: Step, cores: int) -> subprocess.Popen[bytes]:
         folder = self.folder_of(step.name)
         identity = self._identity(step)
+        self._current.clear()
         started = _read_json(folder / STARTED)
         if started is None or started["identity"] != identity or (folder / RECORD).exists():
             shutil.rmtree(folder, ignore_errors=True)  # of other inputs or another configuration
@@ -231,7 +250,7 @@ class Pipeline:
             "inputs": {need: str(self.folder_of(need)) for need in step.needs},
             "tokens": {need: (self.record(need) or {})["token"] for need in step.needs},
             "run": str(self.folder),
-            "seconds_before": (started or {}).get("seconds_before", 0.0) if (folder / STARTED).exists() else 0.0,
+            "costs": (started or {}).get("costs", {}) if (folder / STARTED).exists() else {},
         }
         _write_json(folder / STARTED, job)
         environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": str(cores)}
@@ -334,9 +353,14 @@ def _work(folder: Path) -> int:
     module, name = job["function"].split(":")
     inputs = {need: Path(path) for need, path in job["inputs"].items()}
     context = Context(folder=folder, config=job["config"], inputs=inputs, run=Path(job["run"]))
-    started = time.time()
+    costs = Costs(job["costs"])
+
+    def keep_costs() -> None:
+        _write_json(folder / STARTED, {**job, "costs": costs.measure()})
+
     try:
-        getattr(importlib.import_module(module), name)(context)
+        with repeating(1.0, keep_costs):  # what a killed step had cost counts, too
+            getattr(importlib.import_module(module), name)(context)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -345,33 +369,15 @@ def _work(folder: Path) -> int:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:
-        seconds = job["seconds_before"] + time.time() - started
-        _write_json(folder / STARTED, {**job, "seconds_before": seconds})
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        keep_costs()
     record = {
         **{key: job[key] for key in ("identity", "function", "config", "tokens")},
         "token": uuid.uuid4().hex[:16],
         "finished": time.time(),
-        "wall_seconds": seconds,
-        "cpu_seconds": sum(used.ru_utime + used.ru_stime for used in usage) + _seconds_of_helpers(),
-        "peak_memory_bytes": max(used.ru_maxrss for used in usage) * 1024,
+        **costs.measure(),
     }
     _write_json(folder / RECORD, record)
     return 0
-
-
-def _seconds_of_helpers() -> float:
-    """Return the processor time of this step's processes that are still alive, and of those that they waited for.
-
-    A pool's server outlives its pool, so the workers' time would be missing from our own account. Linux only.
-    """
-    ticks = 0
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == os.getsid(0) and status.parent.name != str(os.getpid()):
-                ticks += sum(int(fields[place]) for place in (11, 12, 13, 14))
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "verifiers.md"
 
 
 def test_the_documented_verifier_works_in_about_ten_lines(tmp_path, monkeypatch):
-    blocks = dict(re.findall(r"```(python|json)\n(.*?)```", DOCS.read_text(), re.DOTALL))
+    found = re.findall(r"```(python|json)\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    blocks = dict(reversed(found))  # the first of each
     assert len([line for line in blocks["python"].splitlines() if line.strip()]) <= 10
     (tmp_path / "palindromes.py").write_text(blocks["python"])
     (tmp_path / "tasks.jsonl").write_text(blocks["json"])

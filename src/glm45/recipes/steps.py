@@ -77,22 +77,24 @@ def pretrain(context: Context) -> None:
 
 def evaluate(context: Context) -> None:
     """Evaluate every input on `config["suites"]`; results go to `MODEL/SUITE/` and `acceptance.json`."""
+    from glm45.evaluation.command import run_any
     from glm45.evaluation.drafts import draft_acceptance
-    from glm45.evaluation.runner import ACCEPTANCE, run_suite
-    from glm45.evaluation.suites import SuiteOptions, build_suite
+    from glm45.evaluation.runner import ACCEPTANCE
+    from glm45.evaluation.suites import SuiteOptions, build_suite, expand, fitted
     from glm45.evaluation.targets import LocalTarget
 
     options = from_dict(SuiteOptions, context.config.get("options", {}))
-    suites = [build_suite(name, options) for name in context.config["suites"]]
-    total = len(context.inputs) * len(suites)
+    names = expand(context.config["suites"])
+    total = len(context.inputs) * len(names)
     acceptance: dict[str, float | None] = {}
     for number, (name, folder) in enumerate(context.inputs.items()):
         target = LocalTarget.load(folder / CHECKPOINT)
+        suites = [build_suite(suite, fitted(options, target, context.config["length"])) for suite in names]
         try:
             for index, suite in enumerate(suites):
                 done = number * len(suites) + index
                 context.progress(done / total, f"{name} on {suite.name}")
-                result = run_suite(target, suite, context.folder / name / suite.name)
+                result = run_any(target, suite, context.folder / name / suite.name)
                 score = result.metrics.get("score")
                 print(f"{name} {suite.name}: {score.mean:.3f}" if score else f"{name} {suite.name}: not judged")
         finally:

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from glm45.config import configuration, override, to_dict
 from glm45.corpus.arithmetic import ArithmeticConfig
@@ -19,7 +18,7 @@ from glm45.recipes import nano_cpu as nano_cpu_training
 from glm45.recipes import one_gpu as one_gpu_training
 from glm45.recipes.display import RunDisplay
 from glm45.recipes.posttraining import FROM_NOTHING
-from glm45.report.run import CONFIGURATION, write_report
+from glm45.report.run import CONFIGURATION, REPORT, write_report
 from glm45.rl.config import RLConfig, RLEvaluationConfig
 from glm45.rl.curriculum import CurriculumStage, LengthSchedule
 from glm45.training.run import TrainConfig
@@ -153,7 +152,10 @@ def one_gpu() -> WholeRun:
 
 
 def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRun:
-    """The demo with another model, more of everything and problems of up to four digits."""
+    """The demo with another model, more of everything and problems of up to four digits.
+
+    As in the demo the balance bias moves in every stage, at the first stage's rate: it is what keeps experts in use.
+    """
     whole = demo()
     problems = dataclasses.replace(PROBLEMS, max_digits=4)
     sft = dataclasses.replace(whole.iteration.overall_sft, batch_tokens=16_384)
@@ -188,7 +190,10 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
 
 
 def whole_steps(whole: WholeRun) -> list[Step]:
-    """Return a whole run as steps, each with everything that its output depends on."""
+    """Return a whole run as steps, each with everything that its output depends on.
+
+    Durations are those of the demo; of larger runs nobody knows them yet.
+    """
     iteration = dataclasses.replace(whole.iteration, seed=whole.seed)
     data = {
         "vocab_size": whole.vocab_size,
@@ -201,8 +206,9 @@ def whole_steps(whole: WholeRun) -> list[Step]:
     last = "final-rl" if iteration.final_rl_steps else "overall-sft"
     models = ("base", *(f"{expert.name}-rl" for expert in iteration.experts), last)
     overrides = [*whole.corpus_overrides, "vocab_size=0"]
-    evaluation = {"suites": list(whole.suites), "options": to_dict(whole.evaluation)}
-    return [
+    length = max(stage.sequence_length for stage in training.stages)
+    evaluation = {"suites": list(whole.suites), "options": to_dict(whole.evaluation), "length": length}
+    steps = [
         Step("corpus", f"{STEPS}:build_corpus", {"recipe": whole.corpus, "overrides": overrides}, (), 2, 150),
         Step("data", f"{STEPS}:tokenize_data", data, ("corpus",), 2, 40),
         Step(
@@ -217,6 +223,7 @@ def whole_steps(whole: WholeRun) -> list[Step]:
         Step("evaluation", f"{STEPS}:evaluate", evaluation, models, 1, 25),
         Step("publish", f"{STEPS}:publish", {}, (last,), seconds=5),
     ]
+    return steps if whole.corpus == "demo" else [dataclasses.replace(step, seconds=None) for step in steps]
 
 
 RUNS: dict[str, Callable[[], WholeRun]] = {
@@ -256,19 +263,21 @@ def run_whole(
         for step in pipeline.steps:
             print(f"{step:<24} {'up to date' if pipeline.is_current(step) else 'to do'}")
         return 0
-    for step in again:
-        pipeline.invalidate(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIGURATION).write_text(json.dumps(to_dict(whole), indent=1) + "\n")
+
+    def write_configuration() -> None:
+        (folder / CONFIGURATION).write_text(json.dumps(to_dict(whole), indent=1) + "\n")
+
     command = " ".join(["glm45 run", name, *overrides, "--run", str(folder)])
-    choice: dict[str, Any] = {"only": only, "skip": skip}
     try:
         with RunDisplay() as display:
-            pipeline.run(**choice, watch=display.watch)
+            done = pipeline.run(only=only, skip=skip, again=again, prepare=write_configuration, watch=display.watch)
     except KeyboardInterrupt:
         print(f"stopped; everything finished is kept. Go on with: {command}", file=sys.stderr)
         return 130
-    print(f"report: {write_report(folder)}")
+    report = folder / REPORT
+    if done or not report.exists():
+        write_report(folder, stale=pipeline.pending())
+    print(f"report: {report}")
     if (folder / "model").exists():
         print(f"chat:   glm45 chat {folder}\nserve:  glm45 serve {folder}")
     return 0

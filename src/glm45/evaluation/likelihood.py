@@ -77,7 +77,8 @@ async def _score_all(
     async def score(task: Task) -> None:
         nonlocal done
         context = task.messages[0]["content"]
-        choices, more = task.metadata["choices"], {}
+        choices = task.metadata["choices"]
+        more: dict[str, Any] = {}
         try:
             found = await target.loglikelihoods(context, choices)
         except PromptTooLongError as error:  # a tie is not right

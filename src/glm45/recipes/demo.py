@@ -74,7 +74,7 @@ letters, and what the experts are made from must be learnt in the same minutes."
 def on_corpus_and_chats(stages: Sequence[Stage], prose: str = PROSE) -> tuple[Stage, ...]:
     """Return the stages of a training on a whole run's data: the corpus, and worked conversations beside it.
 
-    `prose` are the datasets that are read as prose. The report stops moving the balance bias after the first stage; here
+    `prose` are the datasets read as prose. The report stops moving the balance bias after the first stage; here
     the kinds of data of the later ones are so different that all tokens then go to two experts (MaxVio 2.9 of at most
     3, docs/log.md), so it moves in all.
     """

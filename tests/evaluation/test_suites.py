@@ -12,7 +12,7 @@ from glm45.evaluation.functions import FunctionVerifier, function_name
 from glm45.evaluation.ifeval import RULES, IFEvalVerifier, ifeval
 from glm45.evaluation.long_context import needle_tasks
 from glm45.evaluation.pathology import PathologyVerifier
-from glm45.evaluation.suites import SuiteOptions, build_suite
+from glm45.evaluation.suites import SUITES, SuiteOptions, build_suite
 
 
 @pytest.mark.parametrize(
@@ -222,3 +222,10 @@ def test_every_rule_of_ifeval_is_known(fetched):
     tasks = list(ifeval())
     assert len(tasks) == 541
     assert {name for task in tasks for name, _ in task.metadata["rules"]} == set(RULES)
+
+
+@pytest.mark.parametrize("name", ["arithmetic-direct", "tools", "instructions", "reasoning", "base", "long"])
+def test_generated_suites_have_a_hundred_different_questions(name):
+    tasks = SUITES[name](SuiteOptions(num_tasks=100))
+    assert len(tasks) >= 96  # equal parts
+    assert len({str(task.messages) for task in tasks}) == len(tasks)

@@ -223,7 +223,11 @@ def whole_steps(whole: WholeRun) -> list[Step]:
         Step("evaluation", f"{STEPS}:evaluate", evaluation, models, 1, 25),
         Step("publish", f"{STEPS}:publish", {}, (last,), seconds=5),
     ]
-    return steps if whole.corpus == "demo" else [dataclasses.replace(step, seconds=None) for step in steps]
+    return (
+        steps
+        if whole.corpus == "demo" and not whole.corpus_overrides
+        else [dataclasses.replace(step, seconds=None) for step in steps]
+    )
 
 
 RUNS: dict[str, Callable[[], WholeRun]] = {

@@ -46,17 +46,27 @@ class Page:
         self._parts.append(f"<h3>{html.escape(title)}</h3>")
 
     def table(
-        self, header: Sequence[str], rows: Sequence[Sequence[object]], *, numbers_from: int = 1, numbers_to: int = 99
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        numbers_from: int = 1,
+        numbers_to: int = 99,
+        folded: str = "",
     ) -> None:
-        """Add a table; the columns from `numbers_from` up to `numbers_to` are set right-aligned."""
+        """Add a table; the columns from `numbers_from` up to `numbers_to` are set right-aligned.
+
+        One that is `folded` is hidden until that name is opened.
+        """
         cell = lambda tag, i, value: (  # noqa: E731
             f'<{tag} class="{"n" if numbers_from <= i < numbers_to else "t"}">{html.escape(str(value))}</{tag}>'
         )
         head = "".join(cell("th", i, name) for i, name in enumerate(header))
         body = "".join("<tr>" + "".join(cell("td", i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
-        self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
+        table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        if folded:
+            table = f"<details><summary>{html.escape(folded)}</summary>{table}</details>"
+        self._parts.append(table)
 
     def wide(self, drawing: str) -> None:
         """Add a drawing as wide as the page."""

@@ -59,7 +59,7 @@ def _stages(page: Page, stages: Sequence[dict[str, Any]], tokens: Mapping[str, i
         read += _shares(stage, tokens)
     page.table(header, rows, numbers_to=6)
     if read:
-        page.table(["stage", "dataset", "share", "times read"], read, numbers_from=2)
+        page.table(["stage", "dataset", "share", "times read"], read, numbers_from=2, folded="datasets by stage")
 
 
 def _shares(stage: dict[str, Any], tokens: Mapping[str, int]) -> list[list[str]]:

@@ -2,8 +2,9 @@
 
 Speeds and ratios are of CPU time, measured alternately in one process. Run with `make bench`, or
 
-    python benchmarks/data.py [--rounds 5] [--memory 100,1000] [--json FILE]
+    python benchmarks/data.py [--rounds 5] [--memory 100,1000] [--folder DATA] [--json FILE]
 
+`--folder` prints how full best-fit packing makes the rows of an epoch of a data folder, for several mixtures.
 `--memory` tokenizes and loads so many megabytes of text in a process of its own and prints its peak memory. With
 Megatron-LM importable (`megatron.core`), its GPTDataset reads the same shard as ours.
 """
@@ -35,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", default="", help="megabytes of text, for example 100,1000")
+    parser.add_argument("--folder", type=Path, help="a data folder")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure-memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,6 +52,8 @@ def main() -> None:
         }
         sizes = [int(size) for size in options.memory.split(",") if size]
         results["memory"] = [memory_of(size, Path(folder)) for size in sizes]
+    if options.folder:
+        results["fill"] = fill_of(options.folder)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
@@ -114,6 +118,27 @@ def benchmark_tokenize(folder: Path, rounds: int) -> dict[str, float]:
         f"encode_batch (target {TARGETS['tokenize']:.0f} MB/s)"
     )
     return result
+
+
+def fill_of(folder: Path) -> dict[str, dict[int, float]]:
+    """Print and return the share of an epoch's row places that hold tokens, by mixture and length of rows."""
+    from glm45.data.loader import Loader
+    from glm45.data.mixture import Mixture
+
+    mixtures = {
+        "natural rate": Mixture(),
+        "top buckets 3.2 times": Mixture(repeats={"*.high": 3.2}),
+        "70 % repository contexts": Mixture(weights={"*-repository.*": 0.7, "*": 0.3}),
+    }
+    results: dict[str, dict[int, float]] = {name: {} for name in mixtures}
+    for name, mixture in mixtures.items():
+        for length in (512, 2048, 4096, 32_768, 131_072):
+            loader = Loader(folder, mixture, length, "best_fit")
+            rows = max(1, sum(loader.folder.tokens[each] for each in loader.shares) // length)
+            full = [(loader.rows(row, 1).document_ids_BT >= 0).float().mean().item() for row in range(rows)]
+            results[name][length] = statistics.mean(full)
+        print(f"fill, {name}: " + ", ".join(f"{length}: {fill:.2%}" for length, fill in results[name].items()))
+    return results
 
 
 def benchmark_packing(rounds: int) -> list[dict[str, float]]:

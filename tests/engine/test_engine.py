@@ -97,8 +97,8 @@ def test_memory_does_not_grow_with_the_number_of_requests(build, prompts, backen
 
     tracemalloc.start()
     try:
-        before = ask(90)  # every block of the cache has been used
-        assert ask(300) - before < 50_000, "more than 170 bytes a request"
+        before = ask(300)  # every block of the cache has been used, and torch has what it keeps
+        assert ask(300) - before < 30_000, "more than 100 bytes a request"
     finally:
         tracemalloc.stop()
 

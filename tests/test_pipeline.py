@@ -182,7 +182,9 @@ def test_costs_of_a_killed_attempt_count(tmp_path):
 
     def kill(*_):
         if kept.exists() and json.loads(kept.read_text())["costs"].get("wall_seconds", 0) > 0.9:
-            (step,) = (int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+            children = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+            # Of those of this process, which may have been left others by tests before.
+            (step,) = (pid for pid in children if b"glm45.pipeline" in Path(f"/proc/{pid}/cmdline").read_bytes())
             os.kill(step, signal.SIGKILL)
 
     with pytest.raises(StepError, match="ended by signal 9"):

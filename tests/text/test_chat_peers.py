@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from glm45.text.arguments import is_json
 from glm45.text.chat import render, render_tokens
 from glm45.text.parsing import parse_ids
 
@@ -51,10 +52,15 @@ def test_ids_equal_those_of_renderers(data, any_conversation, tokenizer, exporte
 @relaxed
 @given(data=st.data())
 def test_parsing_ids_equals_renderers(data, any_answer, tokenizer, exported, tools):
-    """The same message from the same sampled ids, but for white space around its parts."""
+    """The same message from the same sampled ids, but for white space around its parts.
+
+    The peer makes a number of a note "1", whose schema is string or null; we keep the string.
+    """
     from renderers.glm45 import GLM45Renderer
 
     message = data.draw(any_answer)
+    notes = [call["function"]["arguments"].get("note") for call in message.get("tool_calls", ())]
+    assume(not any(isinstance(note, str) and is_json(note.strip()) for note in notes))
     rendered = render_tokens([{"role": "user", "content": "q"}, message], tokenizer, tools=tools, end_turn=True)
     sampled = [index for index, produced in zip(rendered.ids, rendered.loss_mask, strict=True) if produced]
     ours = parse_ids(sampled, tokenizer, tools).message

@@ -179,7 +179,7 @@ def scale(rank: int, processes: int, port: int, threads: int, rounds: int, resul
     model = Glm45(preset("demo")).train()
     parallelize(model, world)
     optimizers = build_optimizers(model, OptimizerConfig(), world.replicas)
-    tokens_BT = torch.randint(0, 4096, (16, 256), generator=torch.Generator().manual_seed(rank))
+    tokens_BT = torch.randint(0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(rank))
     times, shares = [], []
     for _ in range(rounds + 1):
         begun = time.perf_counter()
@@ -204,6 +204,9 @@ def measure_scaling(rounds: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         for child in children:
             child.start()
+        while results.empty():
+            assert not any(child.exitcode for child in children), "a process ended with an error, see above"
+            time.sleep(0.1)
         seconds, share = results.get()
         for child in children:
             child.join()
@@ -226,7 +229,7 @@ def measure_stall(rounds: int) -> None:
     torch.set_num_threads(1)
     model, world = Glm45(preset("demo")).train(), World(Layout(replicate=1), torch.device("cpu"))
     optimizers = build_optimizers(model, OptimizerConfig())
-    tokens_BT = torch.randint(0, 4096, (16, 256))
+    tokens_BT = torch.randint(0, model.config.vocab_size, (16, 256))
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), Retention())
         alone, beside, stalls = [], [], []

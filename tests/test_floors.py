@@ -25,6 +25,7 @@ FLOORS = [
     "page",
     "pipeline",
     "costs",
+    "files",
     "seeds",
     "config",
 ]

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from glm45.costs import Costs
+from glm45.files import write_atomically
 
 RECORD = "step.json"
 STARTED = "started.json"
@@ -302,9 +303,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]], patience: float = 60.0) 
 
 
 def _write_json(path: Path, values: Any) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(values, indent=1) + "\n")
-    draft.replace(path)
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> Any:

@@ -181,7 +181,7 @@ def test_a_model_in_this_process_counts_prompts_beyond_its_context(checkpoint, t
 
 def test_answers_are_kept_under_the_weights_they_came_from(checkpoint, tmp_path):
     from glm45.evaluation.command import checkpoint_folder
-    from glm45.evaluation.targets import fingerprint
+    from glm45.files import fingerprint
 
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder(str(checkpoint)), folder)

@@ -1,6 +1,5 @@
 """What is evaluated: a model in this process, or any OpenAI-compatible endpoint (`glm45.evaluation.endpoint`)."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 
 from glm45.config import configuration
 from glm45.environments.protocol import Message, Task
+from glm45.files import fingerprint
 
 
 @configuration
@@ -69,7 +69,7 @@ class LocalTarget:
     """A model in this process, through the engine."""
 
     def __init__(self, engine: Any, tokenizer: Any, folder: Path) -> None:
-        self.name = f"{folder} {fingerprint(folder)}"
+        self.name = f"{folder} {fingerprint(folder)[:16]}"
         self.folder = folder
         self._engine, self._tokenizer = engine, tokenizer
 
@@ -131,18 +131,6 @@ class LocalTarget:
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
-
-
-def fingerprint(folder: Path) -> str:
-    """Return what names the contents of a checkpoint folder: weights, configuration, tokenizer, template.
-
-    Every byte is read, about a second a gigabyte: less than loading takes.
-    """
-    total = hashlib.blake2b(digest_size=8)
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
-        with file.open("rb") as content:
-            total.update(file.name.encode() + hashlib.file_digest(content, "blake2b").digest())
-    return total.hexdigest()
 
 
 def num_shared(first: Sequence[int], second: Sequence[int]) -> int:

@@ -47,18 +47,20 @@ CHATS = {
 """Worked conversations by domain: sums by heart need the most examples, the tools' schemas the most tokens. Not in the
 report."""
 
-PROSE = "*-prose.*"
-PROSE_AND_WEB = f"{PROSE}|*-web.*"
-"""The demo has hardly a web page that does not speak of code; larger corpora have handbooks and manuals."""
 
-MIXTURES = {
-    "general": Mixture(weights={PROSE: 0.5, "*-code.*": 0.4, "*-codeweb.*": 0.1}, repeats=QUALITY),
-    "code and reasoning": Mixture(weights={"*-code.*": 0.5, PROSE: 0.2, "*-reasoning.*": 0.3}, repeats=QUALITY),
-    "repository code": Mixture(weights={"*-repository.*": 1.0}),
-    "synthetic reasoning": Mixture(weights={**CHATS, PROSE: 0.02, "*-code.*": 0.02}, repeats=QUALITY),
-    "long context and agents": Mixture(weights={**CHATS, "*-long.*": 0.2}),
-}
-"""Which kinds of data a stage reads. Shares are not in the report."""
+def mixtures(prose: str) -> dict[str, Mixture]:
+    """Return which kinds of data each stage reads, `prose` being the datasets read as prose.
+
+    Shares are not in the report.
+    """
+    return {
+        "general": Mixture(weights={prose: 0.5, "*-code.*": 0.4, "*-codeweb.*": 0.1}, repeats=QUALITY),
+        "code and reasoning": Mixture(weights={"*-code.*": 0.5, prose: 0.2, "*-reasoning.*": 0.3}, repeats=QUALITY),
+        "repository code": Mixture(weights={"*-repository.*": 1.0}),
+        "synthetic reasoning": Mixture(weights={**CHATS, prose: 0.02, "*-code.*": 0.02}, repeats=QUALITY),
+        "long context and agents": Mixture(weights={**CHATS, "*-long.*": 0.2}),
+    }
+
 
 SHARES = {
     "general": 0.14,
@@ -71,22 +73,17 @@ SHARES = {
 letters, and what the experts are made from must be learnt in the same minutes."""
 
 
-def on_corpus_and_chats(stages: Sequence[Stage], prose: str = PROSE) -> tuple[Stage, ...]:
+def on_corpus_and_chats(stages: Sequence[Stage], prose: str = "*-prose.*") -> tuple[Stage, ...]:
     """Return the stages of a training on a whole run's data: the corpus, and worked conversations beside it.
 
-    `prose` are the datasets read as prose. The report stops moving the balance bias after the first stage; here
-    the kinds of data of the later ones are so different that all tokens then go to two experts (MaxVio 2.9 of at most
-    3, docs/log.md), so it moves in all.
+    `prose` are the datasets read as prose: the demo has hardly a web page that does not speak of code, larger corpora
+    have handbooks and manuals. The report stops moving the balance bias after the first stage; here the kinds of data
+    of the later ones are so different that all tokens then go to two experts (MaxVio 2.9 of at most 3, docs/log.md), so
+    it moves in all.
     """
-
-    def mixture(stage: str) -> Mixture:
-        weights = {prose if pattern == PROSE else pattern: share for pattern, share in MIXTURES[stage].weights.items()}
-        return dataclasses.replace(MIXTURES[stage], weights=weights)
-
-    rate = stages[0].router_bias_rate
+    rate, reads = stages[0].router_bias_rate, mixtures(prose)
     return tuple(
-        dataclasses.replace(each, mixture=mixture(each.name), answers_only=True, router_bias_rate=rate)
-        for each in stages
+        dataclasses.replace(each, mixture=reads[each.name], answers_only=True, router_bias_rate=rate) for each in stages
     )
 
 

@@ -79,7 +79,7 @@ def evaluate(context: Context) -> None:
     """Evaluate every input on `config["suites"]`; results go to `MODEL/SUITE/` and `acceptance.json`."""
     from glm45.evaluation.command import run_any
     from glm45.evaluation.drafts import draft_acceptance
-    from glm45.evaluation.runner import ACCEPTANCE
+    from glm45.evaluation.runner import ACCEPTANCE, Suite
     from glm45.evaluation.suites import SuiteOptions, build_suite, expand, fitted
     from glm45.evaluation.targets import LocalTarget
 
@@ -87,9 +87,13 @@ def evaluate(context: Context) -> None:
     names = expand(context.config["suites"])
     total = len(context.inputs) * len(names)
     acceptance: dict[str, float | None] = {}
+    built: dict[SuiteOptions, list[Suite]] = {}  # models of one context and tokenizer are asked the same
     for number, (name, folder) in enumerate(context.inputs.items()):
         target = LocalTarget.load(folder / CHECKPOINT)
-        suites = [build_suite(suite, fitted(options, target, context.config["length"])) for suite in names]
+        fitting = fitted(options, target, context.config["length"])
+        if fitting not in built:
+            built[fitting] = [build_suite(suite, fitting) for suite in names]
+        suites = built[fitting]
         try:
             for index, suite in enumerate(suites):
                 done = number * len(suites) + index

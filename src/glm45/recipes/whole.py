@@ -166,7 +166,7 @@ def _larger(training: TrainConfig, conversations: int, rl_steps: int) -> WholeRu
         vocab_size=training.model.vocab_size,
         conversations=dict.fromkeys(whole.conversations, conversations),
         training=dataclasses.replace(
-            training, stages=demo_training.on_corpus_and_chats(training.stages, demo_training.PROSE_AND_WEB)
+            training, stages=demo_training.on_corpus_and_chats(training.stages, "*-prose.*|*-web.*")
         ),
         iteration=dataclasses.replace(
             whole.iteration,
@@ -223,11 +223,8 @@ def whole_steps(whole: WholeRun) -> list[Step]:
         Step("evaluation", f"{STEPS}:evaluate", evaluation, models, 1, 25),
         Step("publish", f"{STEPS}:publish", {}, (last,), seconds=5),
     ]
-    return (
-        steps
-        if whole.corpus == "demo" and not whole.corpus_overrides
-        else [dataclasses.replace(step, seconds=None) for step in steps]
-    )
+    measured = whole.corpus == "demo" and not whole.corpus_overrides
+    return steps if measured else [dataclasses.replace(step, seconds=None) for step in steps]
 
 
 RUNS: dict[str, Callable[[], WholeRun]] = {

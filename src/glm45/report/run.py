@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glm45.evaluation.runner import ACCEPTANCE, RESULT, TRANSCRIPTS
+from glm45.files import write_atomically
 from glm45.page import Page, bars, graph
 from glm45.pipeline import RECORD
 from glm45.report.reinforcement import add_reinforcement
@@ -67,9 +68,7 @@ def write_report(run: Path, out: Path | None = None, *, stale: Collection[str] =
     for limit in LIMITS:
         page.text(limit)
     path = out or run / REPORT
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(page.html(), encoding="utf-8")
-    draft.replace(path)
+    write_atomically(path, page.html())
     return path
 
 

@@ -15,14 +15,13 @@ from glm45.config import configuration, to_dict
 from glm45.environments.protocol import Task
 from glm45.environments.tasks import read_tasks
 from glm45.environments.verify import RewardConfig
+from glm45.files import fingerprint, write_atomically
 from glm45.rl.config import RolloutConfig
 from glm45.rl.curriculum import PoolThresholds
 from glm45.rl.metrics import is_correct
 from glm45.rl.pool import Group
 from glm45.rl.rollout import Rollout, Sampling, open_rollout
-from glm45.rl.state import fingerprint
 from glm45.seeds import derive_seed
-from glm45.training.run import write_atomically
 
 GENERATED = ("arithmetic", "reasoning_gym", "tools", "instructions")
 """Verifiers whose tasks come from generators, which know the answers."""

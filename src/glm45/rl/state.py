@@ -1,6 +1,5 @@
 """Everything that an RL run carries from one step to the next, and how it is saved."""
 
-import hashlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from glm45.config import from_dict, read_json, to_dict
 from glm45.environments.protocol import Task
 from glm45.environments.science import expert_verified_only
 from glm45.environments.tasks import question, read_tasks
+from glm45.files import fingerprint, write_atomically
 from glm45.model import hub
 from glm45.rl.config import RLConfig
 from glm45.rl.curriculum import Curriculum
@@ -25,7 +25,6 @@ from glm45.text.tokenizer import Tokenizer
 from glm45.training.checkpoint import Checkpoints, training_tensors
 from glm45.training.layout import Layout
 from glm45.training.parallel import World
-from glm45.training.run import write_atomically
 
 MAY_CHANGE = ("steps", "tracker")
 """What a run that goes on may have set differently: the past does not depend on it."""
@@ -146,16 +145,3 @@ def open_run(folder: Path, config: RLConfig) -> None:
             raise ValueError(f"{folder} holds a run with other values of {named}: use another folder")
     write_atomically(inputs, json.dumps(contents, indent=1) + "\n")
     write_atomically(path, json.dumps(values, indent=1) + "\n")
-
-
-def fingerprint(path: str) -> str:
-    """Return a hash of a file's contents, or of those of a folder's files with their names; empty for no path."""
-    if not path:
-        return ""
-    folder = Path(path)
-    names = sorted(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else [""]
-    found = hashlib.sha256()
-    for name in names:
-        with (folder / name).open("rb") as source:
-            found.update(f"{name} {hashlib.file_digest(source, 'sha256').hexdigest()}\n".encode())
-    return found.hexdigest()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm45.config import configuration, from_dict, to_dict
+from glm45.files import write_atomically
 from glm45.model.config import ModelConfig
 from glm45.training.checkpoint import Retention
 from glm45.training.evaluation import EvaluationConfig
@@ -204,10 +205,3 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise OSError(f"another process is training in {folder}: wait until it ends, or stop it") from None
         yield
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file such that a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

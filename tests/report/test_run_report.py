@@ -100,26 +100,18 @@ def test_steps_of_another_configuration_are_named_and_not_shown(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_reads_in_a_browser_in_both_themes(run, scheme):
+def test_the_page_reads_in_a_browser_in_both_themes(run, browser, scheme):
     """Nothing is loaded or fails, nothing is wider than the window, and text stands out from what is behind it."""
-    api = pytest.importorskip("playwright.sync_api")
     path = write_report(run)
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch()
-        except api.Error as error:
-            pytest.skip(f"no browser is installed: {error}")
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 800})
-        errors, loaded = [], []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: loaded.append(request.url))
-        page.goto(path.as_uri())
-        colours = page.evaluate(
-            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
-        )
-        width = page.evaluate("document.documentElement.scrollWidth")
-        num_drawings = page.locator("figure svg").count()
-        browser.close()
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 800})
+    errors, loaded = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: loaded.append(request.url))
+    page.goto(path.as_uri())
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    num_drawings = page.locator("figure svg").count()
+    page.close()
     text, behind = (sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 765 for colour in colours)
     assert (text < 0.3 and behind > 0.9) if scheme == "light" else (text > 0.7 and behind < 0.2)
     assert (errors, loaded) == ([], [path.as_uri()])

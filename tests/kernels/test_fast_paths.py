@@ -84,11 +84,11 @@ def _rope_cases() -> dict[str, Case]:
 
 
 def _attention_cases() -> dict[str, Case]:
-    def case(batch, tokens, heads, kv_heads, head_dim, documents=None) -> Case:
-        ids = None if documents is None else torch.tensor(documents)
+    def case(batch, tokens, heads, kv_heads, head_dim, documents=None, branches=None) -> Case:
+        ids = [None if numbers is None else torch.tensor(numbers) for numbers in (documents, branches)]
         return Case(
-            fast=lambda q, k, v: attention.attention(q, k, v, 0.3, ids),
-            reference=lambda q, k, v: attention._attention_reference(q, k, v, 0.3, ids),
+            fast=lambda q, k, v: attention.attention(q, k, v, 0.3, *ids),
+            reference=lambda q, k, v: attention._attention_reference(q, k, v, 0.3, *ids),
             inputs=lambda: [
                 _normal(batch, tokens, heads, head_dim),
                 _normal(batch, tokens, kv_heads, head_dim),
@@ -97,12 +97,20 @@ def _attention_cases() -> dict[str, Case]:
         )
 
     packed = [[0] * 50 + [1] * 3 + [2] * 77, [0] * 1 + [1] * 65 + [7] * 30 + [-1] * 34]
+    # A document alone, a trunk with branches of 1, 70 and 9, a trunk of 100 with one branch; branches at once.
+    grown = [[0] * 11 + [1] * 93 + [2] * 124, [4] * 228]
+    branches = [
+        [0] * 11 + [0] * 13 + [1] + [2] * 70 + [3] * 9 + [0] * 100 + [1] * 24,
+        [1] * 30 + [2] * 198,
+    ]
     return {
         "attention-1": case(1, 1, 1, 1, 16),
         "attention-5": case(2, 5, 4, 2, 32),
         "attention-64": case(1, 64, 6, 2, 16),
         "attention-131": case(2, 131, 2, 1, 48),
         "attention-packed": case(2, 130, 4, 2, 32, packed),
+        "attention-branches": case(2, 228, 4, 2, 32, grown, branches),
+        "attention-whole-panels": case(1, 128, 2, 1, 16, [[0] * 64 + [1] * 64], [[0] * 16 + [1] * 48 + [0] * 64]),
     }
 
 

@@ -71,6 +71,41 @@ def test_packing_changes_nothing(make_model, world, groups, gradients, changes):
         assert record == pytest.approx(results[0][1], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"ratio": "sequence"}, {"num_minibatches": 2}, {"routing_replay": True}])
+def test_sharing_prompts_changes_nothing(make_model, world, groups, gradients, changes):
+    """Samples of one prompt beside each other in a row, in rows of two, and each with a prompt of its own."""
+    for group in groups:
+        for sample in group:
+            sample.tokens[:5] = group[0].tokens[:5]
+    results, sizes = [], []
+    for tokens, share in ((4096, False), (4096, True), (24, True)):
+        config = LossConfig(micro_batch_tokens=tokens, clip_norm=1e9, share_prompts=share, **changes)
+        rows = policy_rows([sample for group in groups for sample in group], config, 16, share)
+        sizes.append(sum(row.tokens_1T.numel() for row in rows))
+        results.append(gradient_of(PolicyTrainer(make_model(), config, world), groups, gradients))
+    assert sizes[1] < sizes[2] < sizes[0]
+    for caught, record in results[1:]:
+        for name, gradient in results[0][0].items():
+            torch.testing.assert_close(caught[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+        assert record == pytest.approx(results[0][1], rel=1e-4, abs=1e-5)
+
+
+def test_what_one_answer_holds_does_not_reach_another(make_model, groups):
+    """Every token of another answer to the same prompt may change: this one's log-probabilities stay bit-equal."""
+    first, second, *_ = groups[0]
+    second.tokens[:5] = first.tokens[:5]
+    first.reward, second.reward = 1.0, 0.0
+    hidden = []
+    for shift in (0, 7):
+        second.tokens[5:] = [(token + shift) % 300 for token in second.tokens[5:]]
+        [row] = policy_rows([first, second], LossConfig(), 16)
+        assert row.branch_ids_1T is not None
+        ids = {"document_ids": row.document_ids_1T, "branch_ids": row.branch_ids_1T}
+        output = make_model()(row.tokens_1T, positions=row.positions_1T, **ids).hidden_BTD[0]
+        hidden.append(output[row.predicted_at_N[row.sample_ids_N == 0]])
+    assert torch.equal(hidden[0], hidden[1])
+
+
 def test_two_ranks_add_up_to_one(make_model, world, groups, gradients):
     """Each rank takes every second row; the sum of their gradients is that of one rank. (gloo: test_ranks.py.)"""
     config = LossConfig(micro_batch_tokens=24, clip_norm=1e9)

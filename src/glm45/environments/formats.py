@@ -4,6 +4,7 @@ The report penalises these pathologies in general RL (section 3.4, pathology RL)
 sampling (section 3.1). Rates are shares between 0 and 1; thresholds belong to whoever uses them.
 """
 
+import re
 import unicodedata
 from collections import Counter
 
@@ -22,6 +23,7 @@ SCRIPTS = (
     "DEVANAGARI",
     "THAI",
 )
+ASCII_LETTER, NOT_ASCII = re.compile("[A-Za-z]"), re.compile(r"[^\x00-\x7f]")
 
 
 def format_faults(response: Message, thinking: bool) -> list[str]:
@@ -67,11 +69,10 @@ def language_mixing_rate(text: str, allowed: str = "") -> float:
 
 def _scripts(text: str) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for character in text:
-        if character.isascii():
-            if character.isalpha():
-                counts["LATIN"] += 1
-        elif character.isalpha():
+    if num_latin := len(ASCII_LETTER.findall(text)):
+        counts["LATIN"] = num_latin
+    for character in NOT_ASCII.findall(text):
+        if character.isalpha():
             script = unicodedata.name(character, "").split(" ")[0]
             script = "CJK" if script in ("HIRAGANA", "KATAKANA") else script
             counts[script if script in SCRIPTS else "OTHER"] += 1

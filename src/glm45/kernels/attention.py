@@ -23,23 +23,31 @@ def attention(
     v_BTKD: torch.Tensor,
     scale: float,
     document_ids_BT: torch.Tensor | None = None,
+    branch_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `[B, T, H, D]`: every token attends to itself and the earlier tokens of its own document.
 
     `document_ids` are equal within a document, and documents are contiguous (-1, padding, is a document like any
     other). None means one document a row. Query head `h` reads key/value head `h // (H / K)`.
+
+    `branch_ids` let several continuations share a beginning: a document's trunk, first and numbered 0, is seen by all
+    of its branches, contiguous and numbered from 1, which do not see each other. They need `document_ids`.
     """
     if native.supports(q_BTHD, k_BTKD, v_BTKD) and q_BTHD.shape[-1] % 16 == 0:
-        return _NativeAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
-    if q_BTHD.is_cuda and document_ids_BT is not None and q_BTHD.dtype in HALVES and varlen_attention():
+        return _NativeAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT, branch_ids_BT)
+    varlen = q_BTHD.is_cuda and q_BTHD.dtype in HALVES and branch_ids_BT is None
+    if varlen and document_ids_BT is not None and varlen_attention():
         return _varlen_attention(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
-    return _attention_reference(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT)
+    return _attention_reference(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT, branch_ids_BT)
 
 
-def document_mask(document_ids_BT: torch.Tensor) -> torch.Tensor:
+def document_mask(document_ids_BT: torch.Tensor, branch_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
     """Return `[B, 1, T, T]`, true where a query (third dimension) may see a key (fourth)."""
-    same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    return same_BTT.tril().unsqueeze(1)
+    seen_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+    if branch_ids_BT is not None:
+        same_BTT = branch_ids_BT[:, :, None] == branch_ids_BT[:, None, :]
+        seen_BTT = seen_BTT & (same_BTT | (branch_ids_BT == 0)[:, None, :])
+    return seen_BTT.tril().unsqueeze(1)
 
 
 def _attention_reference(
@@ -48,8 +56,9 @@ def _attention_reference(
     v_BTKD: torch.Tensor,
     scale: float,
     document_ids_BT: torch.Tensor | None,
+    branch_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    mask = None if document_ids_BT is None else document_mask(document_ids_BT)
+    mask = None if document_ids_BT is None else document_mask(document_ids_BT, branch_ids_BT)
     o_BHTD = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BTKD.transpose(1, 2),
@@ -106,10 +115,10 @@ class _NativeAttention(torch.autograd.Function):
         v_BTKD: torch.Tensor,
         scale: float,
         document_ids_BT: torch.Tensor | None,
+        branch_ids_BT: torch.Tensor | None,
     ) -> torch.Tensor:
         q_BTHD, k_BTKD, v_BTKD = q_BTHD.contiguous(), k_BTKD.contiguous(), v_BTKD.contiguous()
-        if document_ids_BT is not None:
-            document_ids_BT = document_ids_BT.long().contiguous()
+        runs = [None if ids is None else ids.long().contiguous() for ids in (document_ids_BT, branch_ids_BT)]
         batch, tokens, num_heads, head_dim = q_BTHD.shape
         num_kv_heads = k_BTKD.shape[2]
         o_BTHD = torch.empty_like(q_BTHD)
@@ -117,18 +126,18 @@ class _NativeAttention(torch.autograd.Function):
         ctx.sizes = (batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
         ctx.scale, ctx.threads = scale, native.threads_for(q_BTHD.numel())
         native.function("attention_forward", q_BTHD.dtype)(
-            *(q_BTHD, k_BTKD, v_BTKD, document_ids_BT, scale, o_BTHD, log_sums_BHT, *ctx.sizes, ctx.threads)
+            *(q_BTHD, k_BTKD, v_BTKD, *runs, scale, o_BTHD, log_sums_BHT, *ctx.sizes, ctx.threads)
         )
-        ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, document_ids_BT, log_sums_BHT)
+        ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, log_sums_BHT, *runs)
         return o_BTHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_BTHD, k_BTKD, v_BTKD, document_ids_BT, log_sums_BHT = ctx.saved_tensors
+        q_BTHD, k_BTKD, v_BTKD, log_sums_BHT, *runs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (q_BTHD, k_BTKD, v_BTKD)]
         native.function("attention_backward", q_BTHD.dtype)(
-            *(grad_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, document_ids_BT, ctx.scale, log_sums_BHT, *gradients),
+            *(grad_BTHD.contiguous(), q_BTHD, k_BTKD, v_BTKD, *runs, ctx.scale, log_sums_BHT, *gradients),
             *(*ctx.sizes, ctx.threads),
         )
-        return *gradients, None, None
+        return *gradients, None, None, None

@@ -31,11 +31,24 @@ class Positions:
     """Sines of the rotary angles."""
     document_ids_BT: torch.Tensor | None
     """Equal for tokens that may see each other; None if a row is one document."""
+    branch_ids_BT: torch.Tensor | None = None
+    """Tells branches of a document apart, which share its trunk (0); None if there are none."""
 
     @classmethod
-    def of(cls, positions_BT: torch.Tensor, document_ids_BT: torch.Tensor | None, config: ModelConfig) -> "Positions":
+    def of(
+        cls,
+        positions_BT: torch.Tensor,
+        document_ids_BT: torch.Tensor | None,
+        config: ModelConfig,
+        branch_ids_BT: torch.Tensor | None = None,
+    ) -> "Positions":
         """Compute the rotary tables once for all layers."""
-        return cls(*rotary_tables(positions_BT, config.rotary_dim, config.rope_theta), document_ids_BT)
+        tables = rotary_tables(positions_BT, config.rotary_dim, config.rope_theta)
+        return cls(*tables, document_ids_BT, branch_ids_BT)
+
+    def attend(self, q_BTHN: torch.Tensor, k_BTKN: torch.Tensor, v_BTKN: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the attention output `[B, T, H, N]` among tokens that may see each other."""
+        return attention(q_BTHN, k_BTKN, v_BTKN, scale, self.document_ids_BT, self.branch_ids_BT)
 
 
 class RMSNorm(nn.Module):
@@ -98,7 +111,7 @@ class Attention(nn.Module):
         """Return the attention output `[B, T, D]`; with a cache, over its tokens too."""
         q_BTHN, k_BTKN, v_BTKN = self.project(x_BTD, positions)
         if cache is None:
-            o_BTHN = attention(q_BTHN, k_BTKN, v_BTKN, self.scale, positions.document_ids_BT)
+            o_BTHN = positions.attend(q_BTHN, k_BTKN, v_BTKN, self.scale)
         else:
             o_BTHN = cache.attend(self.layer, q_BTHN, k_BTKN, v_BTKN, self.scale)
         return self.o_proj(o_BTHN.flatten(-2))

@@ -155,6 +155,7 @@ class Glm45(nn.Module):
         *,
         positions: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         output: Literal["logits", "hidden"] = "logits",
         mtp: bool = False,
@@ -165,14 +166,15 @@ class Glm45(nn.Module):
 
         `document_ids` `[B, T]` mark packed documents (contiguous, -1 is padding), which see each other neither in
         attention nor in positions nor in the MTP shift. `positions` default to counting from 0 in every document;
-        with a `cache` they must be given. `checkpoint` recomputes each layer in backward instead of keeping its
-        activations. `expert_ids` replays earlier choices of the routers. Raises ValueError for arguments that
-        contradict each other.
+        with a `cache` they must be given. `branch_ids` `[B, T]` let continuations of one beginning share it (see
+        `kernels.attention`); `positions` must then say where each goes on. `checkpoint` recomputes each layer in
+        backward instead of keeping its activations. `expert_ids` replays earlier choices of the routers. Raises
+        ValueError for arguments that contradict each other.
         """
-        self._check(tokens_BT, positions, document_ids, cache, mtp)
+        self._check(tokens_BT, positions, document_ids, branch_ids, cache, mtp)
         if positions is None:
             positions = document_positions(tokens_BT, document_ids)
-        where = Positions.of(positions, document_ids, self.config)
+        where = Positions.of(positions, document_ids, self.config, branch_ids)
         residual_BTD, delta_BTD, routed = self.embed(tokens_BT), None, []
         replay = iter(expert_ids) if expert_ids is not None else None
         for layer in self.layers:
@@ -238,6 +240,7 @@ class Glm45(nn.Module):
         tokens_BT: torch.Tensor,
         positions: torch.Tensor | None,
         document_ids: torch.Tensor | None,
+        branch_ids: torch.Tensor | None,
         cache: Cache | None,
         mtp: bool,
     ) -> None:
@@ -247,6 +250,10 @@ class Glm45(nn.Module):
             raise ValueError("with a cache, give positions: the model does not know how much the cache holds")
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids and a cache exclude each other: a cache knows its own sequences")
+        if branch_ids is not None and (document_ids is None or positions is None):
+            raise ValueError("branch_ids need document_ids, and positions that say where each branch goes on")
+        if branch_ids is not None and mtp:
+            raise ValueError("mtp=True with branch_ids: the token after a trunk is another one in every branch")
         if cache is not None and mtp:
             raise ValueError("with a cache, draft with `draft`: the next tokens are not known yet")
         if mtp and self.mtp is None:

@@ -53,6 +53,9 @@ class LossConfig:
     micro_batch_tokens: int = 4096
     """Tokens of a packed row and so of one forward pass; longer samples get rows of their own length. Bounds memory,
     changes no result."""
+    share_prompts: bool = True
+    """Whether the update computes a prompt once for all of its samples in a row. Changes no result. Not done on a GPU,
+    whose attention over packed documents knows no branches, nor with `mtp_weight`. Not in the report."""
 
     def __post_init__(self) -> None:
         if self.clip_low < 0 or self.clip_low >= 1 or self.clip_high < 0 or self.mismatch_cap < 0:

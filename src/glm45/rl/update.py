@@ -67,7 +67,8 @@ class PolicyTrainer:
 
     def _rows(self, groups: Sequence[Group], max_tokens: int) -> list[PolicyRow]:
         """This rank's rows; advantages and weights are those of the whole minibatch."""
-        rows = policy_rows([sample for group in groups for sample in group], self.config, max_tokens)
+        share = self.config.share_prompts and self.config.mtp_weight == 0 and self.model.device.type == "cpu"
+        rows = policy_rows([sample for group in groups for sample in group], self.config, max_tokens, share)
         return rows[self.world.data_rank :: self.world.num_data_ranks]
 
     def _step(self, rows: Sequence[PolicyRow], old: Sequence[Forward] | None) -> Sums:
@@ -122,12 +123,14 @@ class PolicyTrainer:
         device = self.model.device
         output = self.model(
             row.tokens_1T.to(device),
+            positions=row.positions_1T.to(device),
             document_ids=row.document_ids_1T.to(device),
+            branch_ids=None if row.branch_ids_1T is None else row.branch_ids_1T.to(device),
             output="hidden",
             mtp=self.config.mtp_weight > 0,
             expert_ids=expert_ids,
         )
-        hidden_ND = output.hidden_BTD[0, row.positions_N.to(device)]
+        hidden_ND = output.hidden_BTD[0, row.predicted_at_N.to(device)]
         # The head has no bias, so dividing the hidden state divides the logits: one call serves every temperature.
         hidden_ND = (hidden_ND / row.temperatures_N.to(device)[:, None]).to(hidden_ND.dtype)
         logprobs_N, entropy_N = linear_logprobs(hidden_ND, self.model.lm_head.weight, row.targets_N.to(device))
@@ -138,8 +141,8 @@ class PolicyTrainer:
         if hidden_BTD is None:
             return torch.zeros((), device=self.model.device)
         documents_T = row.document_ids_1T[0]
-        inside_N = (row.positions_N > 0) & (documents_T[row.positions_N - 1] == documents_T[row.positions_N])
-        hidden_ND = hidden_BTD[0, (row.positions_N[inside_N] - 1).to(hidden_BTD.device)]
+        inside_N = (row.predicted_at_N > 0) & (documents_T[row.predicted_at_N - 1] == documents_T[row.predicted_at_N])
+        hidden_ND = hidden_BTD[0, (row.predicted_at_N[inside_N] - 1).to(hidden_BTD.device)]
         targets_N, weights_N = row.targets_N[inside_N], row.weights_N[inside_N]
         return linear_cross_entropy(
             hidden_ND, self.model.lm_head.weight, targets_N.to(hidden_BTD.device), weights_N.to(hidden_BTD.device)

@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from glm45.kernels.attention import attention
 from glm45.model.layers import Attention, DenseMLP, Positions
 from glm45.model.moe import MoE, sequence_balance_loss
 from glm45.model.transformer import Glm45
@@ -134,7 +133,7 @@ def _trade_heads(block: Attention, group: ProcessGroup, part: Callable[[torch.Te
         if copies > 1:  # fewer key/value heads than ranks: several ranks get the same one
             k_BTKN, v_BTKN = (x.repeat_interleave(copies, dim=2) for x in (k_BTKN, v_BTKN))
         q_BTHN, k_BTKN, v_BTKN = (exchange(x, split=2, join=1, group=group) for x in (q_BTHN, k_BTKN, v_BTKN))
-        o_BTHN = attention(q_BTHN, k_BTKN, v_BTKN, block.scale, positions.document_ids_BT)
+        o_BTHN = positions.attend(q_BTHN, k_BTKN, v_BTKN, block.scale)
         return block.o_proj(exchange(o_BTHN, split=1, join=2, group=group).flatten(-2))
 
     block.forward = forward  # type: ignore

@@ -1,8 +1,10 @@
 // Causal grouped-query attention within documents that keeps only q, k, v and the log-sum of each row.
 // B batch, T tokens, K key/value heads, G query heads a group (H = K * G), D head size (multiple of 16).
 //
-// One task is one (batch row, key/value head). Whole rows of scores are held, a few queries at a time, so softmax
-// needs no rescaling and keys outside a document or after the query are never multiplied.
+// One task is one (batch row, key/value head). Tokens fall into runs, each a document, a document's trunk or one of the
+// branches that grow from it. A query sees its run up to itself and, in a branch, the whole trunk. Whole rows of scores
+// are held, a few queries at a time, the trunk's columns first and the run's after them, so softmax needs no rescaling
+// and what a query may not see is never multiplied.
 #include "common.h"
 
 #include <vector>
@@ -70,86 +72,120 @@ struct Head {
     }
 };
 
-// First position of each token's document.
-inline void document_starts(const int64_t* document_ids, int64_t T, std::vector<int64_t>& starts) {
-    starts.assign(T, 0);
-    if (!document_ids) return;
-    for (int64_t t = 1; t < T; ++t) starts[t] = document_ids[t] == document_ids[t - 1] ? starts[t - 1] : t;
+// Tokens [begin, end) of one document and branch, which also see the trunk [trunk, trunk + trunk_size).
+struct Run {
+    int64_t begin, end, trunk, trunk_size;
+    int64_t own() const { return round_up(trunk_size, COLUMNS); }  // column of scores where the run's own tokens begin
+};
+
+// Branches are numbered from 1 within a document; 0 is its trunk.
+inline void find_runs(const int64_t* document_ids, const int64_t* branch_ids, int64_t T, std::vector<Run>& runs) {
+    runs.clear();
+    for (int64_t t = 0, trunk = 0, trunk_size = 0, end; t < T; t = end) {
+        auto document = [&](int64_t i) { return document_ids ? document_ids[i] : 0; };
+        auto branch = [&](int64_t i) { return branch_ids ? branch_ids[i] : 0; };
+        for (end = t + 1; end < T && document(end) == document(t) && branch(end) == branch(t);) ++end;
+        if (t == 0 || document(t) != document(t - 1)) trunk = t, trunk_size = branch(t) == 0 ? end - t : 0;
+        runs.push_back({t, end, trunk, branch(t) == 0 ? 0 : trunk_size});
+    }
 }
 
-// Lanes of the columns j, j + 1, ... that lie within [low, high].
-inline ints within(int64_t j, int64_t low, int64_t high) {
-    ints column = lane_numbers() + (int32_t)j;
-    return (column >= (int32_t)low) & (column <= (int32_t)high);
-}
+// Lanes of the columns j, j + 1, ... that lie before `stop`.
+inline ints before(int64_t j, int64_t stop) { return lane_numbers() + (int32_t)j < (int32_t)stop; }
 
-// Turns scores[first:last) of one row into exp(score - shift), zero outside [low, high], and returns their sum.
-inline float exponentiate(float* scores, int64_t first, int64_t last, int64_t low, int64_t high, float shift) {
+// Turns `width` scores of one row into exp(score - shift), zero from `stop` on, and returns their sum.
+inline floats exponentiate(float* scores, int64_t width, int64_t stop, float shift) {
     floats total = {};
-    for (int64_t j = first; j < last; j += LANES) {
+    for (int64_t j = 0; j < width; j += LANES) {
         floats e = exponential(load(scores + j) - shift);
-        e = within(j, low, high) ? e : floats{};
+        e = before(j, stop) ? e : floats{};
         store(scores + j, e);
         total += e;
     }
-    return sum(total);
+    return total;
 }
 
-inline float row_maximum(const float* scores, int64_t first, int64_t last, int64_t low, int64_t high) {
-    floats best = broadcast(-INFINITY);
-    for (int64_t j = first; j < last; j += LANES) {
+inline floats row_maximum(const float* scores, int64_t width, int64_t stop, floats best) {
+    for (int64_t j = 0; j < width; j += LANES) {
         floats x = load(scores + j);
-        best = maximum(best, within(j, low, high) ? x : best);
+        best = maximum(best, before(j, stop) ? x : best);
     }
-    return maximum(best);
+    return best;
 }
 
 struct Shape {
     int64_t B, T, K, G, D;
-    int64_t padded() const { return round_up(T, PANEL); }
-    // Of a row of scores or of a transposed head. Rows a power of two apart would share a few lines of the cache.
-    int64_t stride() const { return padded() + 16; }
+    // Rows of a head: a run's last rows are multiplied together with what follows them.
+    int64_t padded() const { return round_up(T + ROWS, PANEL); }
+    // Of a row of scores or of a transposed head, with room for the trunk's last columns and the run's. Rows a power of
+    // two apart would share a few lines of the cache.
+    int64_t stride() const { return padded() + 2 * COLUMNS + 16; }
     int64_t q_stride() const { return K * G * D; }
     int64_t k_stride() const { return K * D; }
     int64_t q_at(int64_t b, int64_t k, int64_t g) const { return b * T * q_stride() + (k * G + g) * D; }
     int64_t k_at(int64_t b, int64_t k) const { return b * T * k_stride() + k * D; }
 };
 
+// Scores of ROWS queries: with the trunk's keys, and with the run's own up to `width` columns of them.
+inline void score(const float* queries, const Head& key, const Run& run, int64_t stride, int64_t width, int64_t D,
+                  float* scores) {
+    if (run.trunk_size)
+        multiply<false>(queries, D, 1, &key.columns[run.trunk], stride, scores, stride, 0, D, run.own());
+    multiply<false>(queries, D, 1, &key.columns[run.begin], stride, scores + run.own(), stride, 0, D, width);
+}
+
+// ROWS rows of weights times the rows of a head that they belong to, `count` of the run's own: out [ROWS, D].
+inline void weigh(const float* weights, const Head& head, const Run& run, int64_t stride, int64_t count, int64_t D,
+                  float* out) {
+    if (run.trunk_size)
+        multiply<false>(weights, stride, 1, &head.rows[run.trunk * D], D, out, D, 0, run.trunk_size, D);
+    const float *own = weights + run.own(), *rows = &head.rows[run.begin * D];
+    if (run.trunk_size)
+        multiply<true>(own, stride, 1, rows, D, out, D, 0, count, D);
+    else
+        multiply<false>(own, stride, 1, rows, D, out, D, 0, count, D);
+}
+
 template <class T>
-void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, float scale, T* out, float* log_sums,
-             Shape s, int64_t threads) {
+void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, const int64_t* branch_ids, float scale,
+             T* out, float* log_sums, Shape s, int64_t threads) {
     int64_t padded = s.padded(), stride = s.stride(), D = s.D;
     parallel(s.B * s.K, threads, [&](int64_t begin, int64_t end, int64_t) {
         Head key, value, query;
         std::vector<float> scores(ROWS * stride), result(ROWS * D);
-        std::vector<int64_t> starts;
+        std::vector<Run> runs;
         for (int64_t task = begin; task < end; ++task) {
             int64_t b = task / s.K, head = task % s.K;
-            document_starts(document_ids ? document_ids + b * s.T : nullptr, s.T, starts);
+            find_runs(document_ids ? document_ids + b * s.T : nullptr, branch_ids ? branch_ids + b * s.T : nullptr,
+                      s.T, runs);
             key.read_rows(k + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
             key.transpose(padded, stride, D);
             value.read_rows(v + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
             for (int64_t g = 0; g < s.G; ++g) {
                 query.read_rows(q + s.q_at(b, head, g), s.q_stride(), s.T, padded, D, scale);
-                for (int64_t i = 0; i < s.T; i += ROWS) {
-                    int64_t rows = std::min(ROWS, s.T - i), low = starts[i], high = i + rows;
-                    int64_t first = low / COLUMNS * COLUMNS, last = round_up(high, COLUMNS);
-                    multiply<false>(&query.rows[i * D], D, 1, &key.columns[first], stride, &scores[first], stride, 0,
-                                    D, last - first);
-                    float inverse[ROWS] = {};
-                    for (int64_t r = 0; r < rows; ++r) {
-                        float* row = &scores[r * stride];
-                        float top = row_maximum(row, first, last, starts[i + r], i + r);
-                        float total = exponentiate(row, first, last, starts[i + r], i + r, top);
-                        inverse[r] = 1.0f / total;
-                        log_sums[((b * s.K + head) * s.G + g) * s.T + i + r] = top + std::log(total);
+                for (const Run& run : runs)
+                    for (int64_t i = run.begin; i < run.end; i += ROWS) {
+                        int64_t rows = std::min(ROWS, run.end - i), count = i + rows - run.begin;
+                        int64_t width = round_up(count, COLUMNS);
+                        score(&query.rows[i * D], key, run, stride, width, D, scores.data());
+                        float inverse[ROWS] = {};
+                        for (int64_t r = 0; r < rows; ++r) {
+                            float *trunk = &scores[r * stride], *own = trunk + run.own();
+                            int64_t stop = i + r + 1 - run.begin;
+                            floats best = broadcast(-INFINITY);
+                            best = row_maximum(trunk, run.own(), run.trunk_size, best);
+                            float top = maximum(row_maximum(own, width, stop, best));
+                            float total = sum(exponentiate(trunk, run.own(), run.trunk_size, top) +
+                                              exponentiate(own, width, stop, top));
+                            inverse[r] = 1.0f / total;
+                            log_sums[((b * s.K + head) * s.G + g) * s.T + i + r] = top + std::log(total);
+                        }
+                        weigh(scores.data(), value, run, stride, count, D, result.data());
+                        T* written = out + s.q_at(b, head, g) + i * s.q_stride();
+                        for (int64_t r = 0; r < rows; ++r)
+                            for (int64_t d = 0; d < D; d += LANES)
+                                store(written + r * s.q_stride() + d, load(&result[r * D + d]) * inverse[r]);
                     }
-                    multiply<false>(scores.data(), stride, 1, value.rows.data(), D, result.data(), D, low, high, D);
-                    T* written = out + s.q_at(b, head, g) + i * s.q_stride();
-                    for (int64_t r = 0; r < rows; ++r)
-                        for (int64_t d = 0; d < D; d += LANES)
-                            store(written + r * s.q_stride() + d, load(&result[r * D + d]) * inverse[r]);
-                }
             }
         }
     });
@@ -159,36 +195,50 @@ void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, fl
 struct Workspace {
     Head key, value, query, grad;
     std::vector<float> grad_key, grad_value, weights, grad_scores, grad_query;
-    std::vector<int64_t> starts;
+    std::vector<Run> runs;
 };
 
+// Softmax weights (from scores) and score gradients (from gradients of the weights) of one row, in place; the run's own
+// columns count up to `stop`.
+inline void backward_row(float* weights, float* grads, const Run& run, int64_t width, int64_t stop, float log_sum) {
+    exponentiate(weights, run.own(), run.trunk_size, log_sum);
+    exponentiate(weights + run.own(), width, stop, log_sum);
+    const int64_t columns = run.own() + width;
+    floats products = {};
+    for (int64_t j = 0; j < columns; j += LANES) products += load(weights + j) * load(grads + j);
+    float mean = sum(products);
+    for (int64_t j = 0; j < columns; j += LANES) store(grads + j, load(weights + j) * (load(grads + j) - mean));
+}
+
 // Fills rows [i, i + 8) of the panels with softmax weights and score gradients, and grad_query with dq.
-inline void backward_rows(Workspace& w, const float* log_sums, const Shape& s, float scale, int64_t panel,
-                          int64_t low, int64_t i) {
-    int64_t stride = s.stride(), D = s.D, rows = std::min(ROWS, s.T - i);
-    int64_t first = low / COLUMNS * COLUMNS, last = round_up(i + rows, COLUMNS);
+inline void backward_rows(Workspace& w, const float* log_sums, const Shape& s, float scale, const Run& run,
+                          int64_t panel, int64_t i) {
+    int64_t stride = s.stride(), D = s.D, rows = std::min(ROWS, run.end - i), count = i + rows - run.begin;
+    int64_t width = round_up(count, COLUMNS);
     float *weights = &w.weights[(i - panel) * stride], *grads = &w.grad_scores[(i - panel) * stride];
-    multiply<false>(&w.query.rows[i * D], D, 1, &w.key.columns[first], stride, weights + first, stride, 0, D,
-                    last - first);
-    multiply<false>(&w.grad.rows[i * D], D, 1, &w.value.columns[first], stride, grads + first, stride, 0, D,
-                    last - first);
-    for (int64_t r = 0; r < rows; ++r) {
-        float *p = weights + r * stride, *g = grads + r * stride;
-        exponentiate(p, first, last, w.starts[i + r], i + r, log_sums[i + r]);
-        floats products = {};
-        for (int64_t j = first; j < last; j += LANES) products += load(p + j) * load(g + j);
-        float mean = sum(products);
-        for (int64_t j = first; j < last; j += LANES) store(g + j, load(p + j) * (load(g + j) - mean));
-    }
-    for (int64_t r = rows; r < ROWS; ++r)
-        for (int64_t j = first; j < last; ++j) weights[r * stride + j] = grads[r * stride + j] = 0.0f;
-    multiply<false>(grads, stride, 1, w.key.rows.data(), D, w.grad_query.data(), D, low, i + rows, D);
+    score(&w.query.rows[i * D], w.key, run, stride, width, D, weights);
+    score(&w.grad.rows[i * D], w.value, run, stride, width, D, grads);
+    for (int64_t r = 0; r < rows; ++r)
+        backward_row(weights + r * stride, grads + r * stride, run, width, i + r + 1 - run.begin, log_sums[i + r]);
+    weigh(grads, w.key, run, stride, count, D, w.grad_query.data());
     for (int64_t n = 0; n < ROWS * D; n += LANES) store(&w.grad_query[n], load(&w.grad_query[n]) * scale);
 }
 
+// Adds what the queries [from, to) of a panel give to the keys and values of ROWS tokens; `column` is the first one's.
+inline void backward_keys(Workspace& w, const Shape& s, int64_t panel, int64_t token, int64_t column, int64_t from,
+                          int64_t to) {
+    const int64_t stride = s.stride(), D = s.D;
+    // Queries are already scaled, so grad_scores needs no scale for the keys' gradient.
+    multiply<true>(&w.grad_scores[column] - panel * stride, 1, stride, w.query.rows.data(), D, &w.grad_key[token * D],
+                   D, from, to, D);
+    multiply<true>(&w.weights[column] - panel * stride, 1, stride, w.grad.rows.data(), D, &w.grad_value[token * D], D,
+                   from, to, D);
+}
+
 template <class T>
-void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64_t* document_ids, float scale,
-              const float* log_sums, T* grad_q, T* grad_k, T* grad_v, Shape s, int64_t threads) {
+void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64_t* document_ids,
+              const int64_t* branch_ids, float scale, const float* log_sums, T* grad_q, T* grad_k, T* grad_v, Shape s,
+              int64_t threads) {
     int64_t padded = s.padded(), stride = s.stride(), D = s.D;
     parallel(s.B * s.K, threads, [&](int64_t begin, int64_t end, int64_t) {
         Workspace w;
@@ -197,7 +247,8 @@ void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64
         w.grad_query.resize(ROWS * D);
         for (int64_t task = begin; task < end; ++task) {
             int64_t b = task / s.K, head = task % s.K;
-            document_starts(document_ids ? document_ids + b * s.T : nullptr, s.T, w.starts);
+            find_runs(document_ids ? document_ids + b * s.T : nullptr, branch_ids ? branch_ids + b * s.T : nullptr,
+                      s.T, w.runs);
             w.key.read_rows(k + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
             w.key.transpose(padded, stride, D);
             w.value.read_rows(v + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
@@ -208,25 +259,21 @@ void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64
                 w.query.read_rows(q + s.q_at(b, head, g), s.q_stride(), s.T, padded, D, scale);
                 w.grad.read_rows(grad_out + s.q_at(b, head, g), s.q_stride(), s.T, padded, D, 1.0f);
                 const float* logs = log_sums + ((b * s.K + head) * s.G + g) * s.T;
-                for (int64_t panel = 0; panel < s.T; panel += PANEL) {
-                    int64_t stop = std::min(panel + PANEL, s.T), low = w.starts[panel] / ROWS * ROWS;
-                    for (int64_t i = panel; i < stop; i += ROWS) {
-                        backward_rows(w, logs, s, scale, panel, low, i);
-                        T* written = grad_q + s.q_at(b, head, g) + i * s.q_stride();
-                        for (int64_t r = 0; r < std::min(ROWS, s.T - i); ++r)
-                            for (int64_t d = 0; d < D; d += LANES)
-                                store(written + r * s.q_stride() + d, load(&w.grad_query[r * D + d]));
+                for (const Run& run : w.runs)
+                    for (int64_t panel = run.begin; panel < run.end; panel += PANEL) {
+                        int64_t stop = std::min(panel + PANEL, run.end);
+                        for (int64_t i = panel; i < stop; i += ROWS) {
+                            backward_rows(w, logs, s, scale, run, panel, i);
+                            T* written = grad_q + s.q_at(b, head, g) + i * s.q_stride();
+                            for (int64_t r = 0; r < std::min(ROWS, stop - i); ++r)
+                                for (int64_t d = 0; d < D; d += LANES)
+                                    store(written + r * s.q_stride() + d, load(&w.grad_query[r * D + d]));
+                        }
+                        for (int64_t j = 0; j < run.trunk_size; j += ROWS)
+                            backward_keys(w, s, panel, run.trunk + j, j, panel, stop);
+                        for (int64_t j = run.begin; j < stop; j += ROWS)
+                            backward_keys(w, s, panel, j, run.own() + j - run.begin, std::max(panel, j), stop);
                     }
-                    // Queries are already scaled, so grad_scores needs no scale for the keys' gradient.
-                    int64_t padded_stop = round_up(stop, ROWS);
-                    for (int64_t j = low; j < stop; j += ROWS) {
-                        int64_t from = std::max(panel, j);
-                        multiply<true>(&w.grad_scores[j] - panel * stride, 1, stride, w.query.rows.data(), D,
-                                       &w.grad_key[j * D], D, from, padded_stop, D);
-                        multiply<true>(&w.weights[j] - panel * stride, 1, stride, w.grad.rows.data(), D,
-                                       &w.grad_value[j * D], D, from, padded_stop, D);
-                    }
-                }
             }
             for (int64_t t = 0; t < s.T; ++t)
                 for (int64_t d = 0; d < D; d += LANES) {
@@ -241,16 +288,17 @@ void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64
 
 #define DEFINE(suffix, Type)                                                                                         \
     EXPORT void attention_forward_##suffix(const Type* q, const Type* k, const Type* v, const int64_t* document_ids, \
-                                           float scale, Type* out, float* log_sums, int64_t B, int64_t T, int64_t K, \
-                                           int64_t G, int64_t D, int64_t threads) {                                  \
-        forward<Type>(q, k, v, document_ids, scale, out, log_sums, {B, T, K, G, D}, threads);                        \
+                                           const int64_t* branch_ids, float scale, Type* out, float* log_sums,       \
+                                           int64_t B, int64_t T, int64_t K, int64_t G, int64_t D, int64_t threads) { \
+        forward<Type>(q, k, v, document_ids, branch_ids, scale, out, log_sums, {B, T, K, G, D}, threads);            \
     }                                                                                                                \
     EXPORT void attention_backward_##suffix(const Type* grad_out, const Type* q, const Type* k, const Type* v,       \
-                                            const int64_t* document_ids, float scale, const float* log_sums,         \
-                                            Type* grad_q, Type* grad_k, Type* grad_v, int64_t B, int64_t T,          \
-                                            int64_t K, int64_t G, int64_t D, int64_t threads) {                      \
-        backward<Type>(grad_out, q, k, v, document_ids, scale, log_sums, grad_q, grad_k, grad_v, {B, T, K, G, D},    \
-                       threads);                                                                                     \
+                                            const int64_t* document_ids, const int64_t* branch_ids, float scale,     \
+                                            const float* log_sums, Type* grad_q, Type* grad_k, Type* grad_v,         \
+                                            int64_t B, int64_t T, int64_t K, int64_t G, int64_t D,                   \
+                                            int64_t threads) {                                                       \
+        backward<Type>(grad_out, q, k, v, document_ids, branch_ids, scale, log_sums, grad_q, grad_k, grad_v,         \
+                       {B, T, K, G, D}, threads);                                                                    \
     }
 
 DEFINE(float32, float)

@@ -152,11 +152,17 @@ class Contest:
             contenders[name] = lambda seed, url=url: self.endpoint(url, prompts_of(len(lengths), seed), lengths)
         wall, processor = alternate(contenders, rounds)
         peer, ours = "transformers fp32", "glm45 fp32"
+        endpoints = {name: median_ratio(wall[name], wall[ours]) for name in self.endpoints}
         return {
             "tokens_per_second": {name: sum(lengths) / statistics.median(took) for name, took in wall.items()},
-            "per_processor_second": {name: sum(lengths) / statistics.median(t) for name, t in processor.items()},
+            "per_processor_second": {  # an endpoint's processor time is not this process's
+                name: sum(lengths) / statistics.median(took)
+                for name, took in processor.items()
+                if name not in self.endpoints
+            },
             "ratio": median_ratio(wall[peer], wall[ours]),
             "processor_ratio": median_ratio(processor[peer], processor[ours]),
+            "endpoint_ratios": endpoints,
         }
 
 
@@ -232,13 +238,17 @@ def run_threads(options: argparse.Namespace) -> dict[str, Any]:
         cases["rollouts of 64"] = uneven_lengths(64)
     for name, lengths in cases.items():
         results["batches"][name] = told = contest.measure(lengths, options.rounds)
+        per_processor = {who: f" ({rate:,.0f})" for who, rate in told["per_processor_second"].items()}
         rates = "  ".join(
-            f"{who} {rate:,.0f} ({told['per_processor_second'][who]:,.0f})"
-            for who, rate in told["tokens_per_second"].items()
+            f"{who} {rate:,.0f}{per_processor.get(who, '')}" for who, rate in told["tokens_per_second"].items()
         )
         target = f" (target {TARGETS[int(name)]})" if name.isdigit() and int(name) in TARGETS else ""
         print(f"  {name}: {rates} tokens/s (per processor second)", flush=True)
-        print(f"    {told['ratio']:.1f} times transformers{target}, {told['processor_ratio']:.1f} by processor time")
+        endpoint_ratios = "".join(f", {ratio:.1f} times {who}" for who, ratio in told["endpoint_ratios"].items())
+        print(
+            f"    {told['ratio']:.1f} times transformers{target}, {told['processor_ratio']:.1f} by processor time"
+            + endpoint_ratios
+        )
     if options.speculative:
         results["speculative"] = told = speculative(options.rounds)
         print(f"  drafts at batch 1: {told}", flush=True)

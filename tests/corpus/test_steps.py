@@ -1,4 +1,5 @@
 import os
+import sys
 from functools import partial
 
 import dill
@@ -69,3 +70,24 @@ def test_under_slurm_steps_are_submitted_one_after_the_other_and_their_tasks_fin
             dill.loads((folder / "logs" / "executor.pik").read_bytes()).run()
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     assert chain.run(executor, lambda line: None) == []
+
+
+def test_a_step_with_failed_tasks_ends_the_build(chain, monkeypatch):
+    """Ray's executor says so in its log only."""
+
+    class Lenient:
+        def get_incomplete_ranks(self):
+            return [0, 1]
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr("glm45.corpus.steps._make_executor", lambda *arguments: Lenient())
+    with pytest.raises(RuntimeError, match="first: 2 of 2 tasks failed; see .*logs"):
+        chain.run(Executor(workers=1), lambda line: None)
+
+
+def test_ray_that_is_not_installed_is_named(chain, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'pip install "glm45\[cluster\]"'):
+        chain.run(Executor(kind="ray"), lambda line: None)

@@ -44,7 +44,8 @@ class Executor:
     workers: int = 2
     """Tasks that run at once. Not in the report."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the Slurm or Ray executor, for example `{"time": "4:00:00", "partition": "cpu"}`."""
+    """Further arguments of the Slurm or Ray executor, for example `{"time": "4:00:00", "partition": "cpu"}`. Ray joins
+    the cluster that RAY_ADDRESS names, or starts one of this machine alone."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Chain:
     def run(self, executor: Executor, report: Callable[[str], None]) -> list[str]:
         """Run every unfinished step in order, and return the names of those that are not finished afterwards.
 
-        Under Slurm there are some: the steps have then been submitted, each waiting for the one before it.
+        Under Slurm there are some: the steps have then been submitted, each waiting for the one before it. Raises
+        RuntimeError for a step whose tasks did not all finish: what follows would read half of its results.
         """
         previous: PipelineExecutor | None = None
         for step, folder in self.steps:
@@ -121,6 +123,10 @@ class Chain:
                 previous = launched
                 report(f"{step.name}: {unfinished} of {step.tasks} tasks submitted")
                 continue
+            if (finished := _num_finished(folder)) < step.tasks:
+                raise RuntimeError(
+                    f"{step.name}: {step.tasks - finished} of {step.tasks} tasks failed; see {folder / 'logs' / 'logs'}"
+                )
             cpu = f" ({cpu_seconds(folder):.1f} s CPU)" if executor.kind == "local" else ""
             report(f"{step.name}: {unfinished} of {step.tasks} tasks in {time.monotonic() - started:.1f} s{cpu}")
         return [step.name for step, folder in self.steps if _num_finished(folder) < step.tasks]
@@ -142,7 +148,20 @@ def _make_executor(step: Step, folder: Path, executor: Executor, previous: Pipel
         return SlurmPipelineExecutor(job_name=f"glm45-{step.name}", **common, **executor.options)
     from datatrove.executor import RayPipelineExecutor
 
+    _join_ray()
     return RayPipelineExecutor(**common, **executor.options)
+
+
+def _join_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine's loopback: no dashboard, no statistics."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('executor.kind is "ray", but ray is not installed: pip install "glm45[cluster]"') from error
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
 
 
 def cpu_seconds(folder: Path) -> float:

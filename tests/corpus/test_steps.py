@@ -83,7 +83,7 @@ def test_a_step_with_failed_tasks_ends_the_build(chain, monkeypatch):
             pass
 
     monkeypatch.setattr("glm45.corpus.steps._make_executor", lambda *arguments: Lenient())
-    with pytest.raises(RuntimeError, match="first: 2 of 2 tasks failed; see .*logs"):
+    with pytest.raises(RuntimeError, match=r"first: 2 of 2 tasks failed; see .*logs"):
         chain.run(Executor(workers=1), lambda line: None)
 
 
@@ -91,3 +91,19 @@ def test_ray_that_is_not_installed_is_named(chain, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'pip install "glm45\[cluster\]"'):
         chain.run(Executor(kind="ray"), lambda line: None)
+
+
+@pytest.mark.slow
+def test_ray_runs_the_same_steps(chain):
+    """On a cluster of its own on this machine, where ray is installed; finished steps are not run again."""
+    ray = pytest.importorskip("ray")
+    executor = Executor(kind="ray", workers=2, options={"mem_per_cpu_gb": 0.2})
+    said = []
+    try:
+        assert chain.run(executor, said.append) == []
+        assert chain.run(executor, said.append) == []
+    finally:
+        ray.shutdown()
+    assert said[-2:] == ["first: finished before", "second: finished before"]
+    for step, folder in chain.steps:
+        assert len(list((folder / "counts").iterdir())) == step.tasks

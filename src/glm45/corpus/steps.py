@@ -73,7 +73,6 @@ class QuietExecutor(LocalPipelineExecutor):
 
     def run(self) -> PipelineStats | None:
         """Run the tasks that are not finished, in processes of one thread each."""
-        logger.remove()
         multiprocess.set_forkserver_preload(list(PRELOADED))
         threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -111,6 +110,7 @@ class Chain:
         """
         previous: PipelineExecutor | None = None
         for step, folder in self.steps:
+            logger.remove()  # what datatrove has to say is in the step's log files
             launched = _make_executor(step, folder, executor, previous)
             unfinished = len(launched.get_incomplete_ranks())
             if not unfinished:

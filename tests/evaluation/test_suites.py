@@ -229,3 +229,11 @@ def test_generated_suites_have_a_hundred_different_questions(name):
     tasks = SUITES[name](SuiteOptions(num_tasks=100))
     assert len(tasks) >= 96  # equal parts
     assert len({str(task.messages) for task in tasks}) == len(tasks)
+
+
+@pytest.mark.slow
+def test_a_small_family_gives_all_its_held_out_prompts_and_says_so(caplog):
+    """The function calls have some hundred of them: fewer than the 200 that `glm45 eval` asks for."""
+    suite = build_suite("tools", SuiteOptions())
+    assert 100 < len({str(task.messages) for task in suite.tasks}) == len(suite.tasks) < 200
+    assert f"only {len(suite.tasks)} different held-out prompts where 200 were asked for" in caplog.text

@@ -4,6 +4,7 @@ Generated suites ask only what `is_held_out_task` keeps out of every training se
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
@@ -38,6 +39,8 @@ REPORT_SETTINGS = {
 """Samples, temperature and judged characters of the report (section 4 and its toolkit), by benchmark."""
 
 
+logger = logging.getLogger(__name__)
+
 UNKNOWN_CONTEXT = 2000
 """Characters of the longest text of `long` for an endpoint, which does not tell what it was trained for."""
 AROUND_NEEDLE = 128
@@ -49,7 +52,7 @@ class SuiteOptions:
     """How large the generated suites are."""
 
     num_tasks: int = 200
-    """Tasks of a generated suite."""
+    """Tasks of a generated suite; all that there are, and a warning, where a family has fewer held-out prompts."""
     seed: int = 0
     """Root of generated tasks."""
     settings: SuiteSettings = SuiteSettings()
@@ -81,16 +84,22 @@ class SuiteOptions:
 def held_out(tasks: Callable[[int, int], Iterable[Task]], options: SuiteOptions) -> list[Task]:
     """Return `num_tasks` held-out tasks with different prompts from a generator `tasks(seed, count)`.
 
-    Raises ValueError if the family is too small to have so many.
+    A small family has fewer: then all that were found. Raises ValueError if there are none.
     """
     found: dict[str, Task] = {}
     for attempt in range(8):  # more each time: some generators draw from a list that only grows with the number
+        num_before = len(found)
         _, kept = split_tasks(tasks(options.seed + attempt, 30 * options.num_tasks << attempt))
         for task in kept:
             found.setdefault(str(task.messages), task)
             if len(found) == options.num_tasks:
                 return list(found.values())
-    raise ValueError(f"only {len(found)} different held-out prompts where {options.num_tasks} were asked for")
+        if len(found) == num_before:
+            break
+    if not found:
+        raise ValueError("the generator gave no held-out prompt")
+    logger.warning("only %d different held-out prompts where %d were asked for", len(found), options.num_tasks)
+    return list(found.values())
 
 
 def arithmetic(options: SuiteOptions, *, thinking: bool) -> list[Task]:

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import itertools
 import threading
 import tracemalloc
 from functools import partial
@@ -97,8 +98,9 @@ def test_memory_does_not_grow_with_the_number_of_requests(build, prompts, backen
 
     tracemalloc.start()
     try:
-        before = ask(300)  # every block of the cache has been used, and torch has what it keeps
-        assert ask(300) - before < 30_000, "more than 100 bytes a request"
+        levels = [ask(300) for _ in range(3)]  # after the first, every block of the cache has been used
+        growth = min(later - earlier for earlier, later in itertools.pairwise(levels))  # torch, too, keeps things once
+        assert growth < 30_000, "more than 100 bytes a request"
     finally:
         tracemalloc.stop()
 

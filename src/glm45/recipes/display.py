@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from glm45.pipeline import Pipeline
 
@@ -47,6 +48,9 @@ class RunDisplay:
 
     def _table(self, pipeline: Pipeline, started: dict[str, float]) -> Table:
         table = Table.grid(padding=(0, 2))
+        for _ in range(4):  # a narrow terminal cuts the message, on its line, and nothing else
+            table.add_column(no_wrap=True)
+        table.add_column()
         for name in pipeline.steps:
             fraction, message = pipeline.fraction(name)
             left = self._seconds_left(pipeline, name, started)
@@ -58,8 +62,8 @@ class RunDisplay:
                 told = _clock(took)
             else:
                 mark, told, message = "[dim]·[/]", "" if left is None else f"[dim]about {_clock(left)}[/]", ""
-            bar = ProgressBar(total=1.0, completed=fraction, width=24)
-            table.add_row(mark, name, bar, told, f"[dim]{message[:60]}[/]")
+            bar = ProgressBar(total=1.0, completed=fraction, width=16)
+            table.add_row(mark, name, bar, told, Text(message[:60], "dim", no_wrap=True, overflow="ellipsis"))
         begun = f"[bold]{_clock(time.time() - self._begun)}[/]"
         table.add_row("", "", "", begun, self._left(pipeline, started).removeprefix(", "))
         return table

@@ -237,3 +237,9 @@ def test_a_small_family_gives_all_its_held_out_prompts_and_says_so(caplog):
     suite = build_suite("tools", SuiteOptions())
     assert 100 < len({str(task.messages) for task in suite.tasks}) == len(suite.tasks) < 200
     assert f"only {len(suite.tasks)} different held-out prompts where 200 were asked for" in caplog.text
+
+
+def test_a_few_tasks_are_found_whatever_the_seed():
+    """Thirty drawn tasks often hold no held-out one: more are drawn."""
+    for seed in range(12):
+        assert len(build_suite("tools", SuiteOptions(num_tasks=1, seed=seed)).tasks) == 1

@@ -83,9 +83,19 @@ def test_a_spoilt_value_shows_and_stays_in_its_document(needs_native):
     out = attention.attention(q, k, v, 0.25, ids)
     assert out[0, 5:8].isnan().all()
     assert out[0, [0, 1, 2, 3, 4, 8, 9, 10, 11]].isfinite().all()
+    v[0, 5], k[0, 5] = float("nan"), 0.0
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    for gradient in torch.autograd.grad(attention.attention(q, k, v, 0.25, ids).sum(), (q, k, v)):
+        assert gradient[0, [0, 1, 2, 3, 8, 9, 10, 11]].isfinite().all()
     spoilt = torch.randn(3, 16)
     spoilt[1, 2] = float("nan")
     assert norm.rms_norm(spoilt, torch.ones(16), 1e-5).isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_branches_without_documents_are_refused():
+    x = torch.randn(1, 4, 1, 16)
+    with pytest.raises(ValueError, match="branch_ids need document_ids"):
+        attention.attention(x, x, x, 0.25, None, torch.zeros(1, 4))
 
 
 def test_large_logits_do_not_overflow(needs_native):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -110,18 +111,21 @@ class Chain:
         """
         previous: PipelineExecutor | None = None
         for step, folder in self.steps:
-            logger.remove()  # what datatrove has to say is in the step's log files
+            logger.remove()  # what datatrove's tasks have to say is in the step's log files
             launched = _make_executor(step, folder, executor, previous)
             unfinished = len(launched.get_incomplete_ranks())
             if not unfinished:
                 report(f"{step.name}: finished before")
                 continue
+            if executor.kind == "ray":
+                _join_ray()
+                logger.add(sys.stderr, level="WARNING", format="ray: {message}")  # lost workers: no task can log those
             started = time.monotonic()
             with _progress(step, folder, report):
                 launched.run()
             if executor.kind == "slurm":
                 previous = launched
-                report(f"{step.name}: {unfinished} of {step.tasks} tasks submitted")
+                report(f"{step.name}: {unfinished} of {step.tasks} tasks submitted as job {launched.job_id}")
                 continue
             if (finished := _num_finished(folder)) < step.tasks:
                 raise RuntimeError(
@@ -148,12 +152,11 @@ def _make_executor(step: Step, folder: Path, executor: Executor, previous: Pipel
         return SlurmPipelineExecutor(job_name=f"glm45-{step.name}", **common, **executor.options)
     from datatrove.executor import RayPipelineExecutor
 
-    _join_ray()
     return RayPipelineExecutor(**common, **executor.options)
 
 
 def _join_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine's loopback: no dashboard, no statistics."""
+    """Join the cluster that RAY_ADDRESS names, or start one of this machine alone: no dashboard, no statistics."""
     try:
         import ray
     except ImportError as error:
@@ -161,7 +164,8 @@ def _join_ray() -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
 
 
 def cpu_seconds(folder: Path) -> float:

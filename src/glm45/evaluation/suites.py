@@ -25,6 +25,8 @@ from glm45.evaluation.runner import Suite, SuiteSettings
 from glm45.evaluation.targets import LocalTarget, Sampling, Target
 from glm45.evaluation.word_problems import word_problems
 
+logger = logging.getLogger(__name__)
+
 REPORT_SAMPLING = Sampling(temperature=0.6, top_p=0.95, max_tokens=81_920)
 """Of the report's evaluation toolkit (its public repository's defaults)."""
 
@@ -37,9 +39,6 @@ REPORT_SETTINGS = {
     "mmlu-pro": SuiteSettings(num_samples=1, sampling=REPORT_SAMPLING),
 }
 """Samples, temperature and judged characters of the report (section 4 and its toolkit), by benchmark."""
-
-
-logger = logging.getLogger(__name__)
 
 UNKNOWN_CONTEXT = 2000
 """Characters of the longest text of `long` for an endpoint, which does not tell what it was trained for."""
@@ -94,10 +93,10 @@ def held_out(tasks: Callable[[int, int], Iterable[Task]], options: SuiteOptions)
             found.setdefault(str(task.messages), task)
             if len(found) == options.num_tasks:
                 return list(found.values())
-        if len(found) == num_before:
+        if attempt >= 2 and found and len(found) == num_before:
             break
     if not found:
-        raise ValueError("the generator gave no held-out prompt")
+        raise ValueError(f"no held-out prompt where {options.num_tasks} were asked for")
     logger.warning("only %d different held-out prompts where %d were asked for", len(found), options.num_tasks)
     return list(found.values())
 

@@ -33,6 +33,8 @@ def attention(
     `branch_ids` let several continuations share a beginning: a document's trunk, first and numbered 0, is seen by all
     of its branches, contiguous and numbered from 1, which do not see each other. They need `document_ids`.
     """
+    if branch_ids_BT is not None and document_ids_BT is None:
+        raise ValueError("branch_ids need document_ids: branches belong to documents")
     if native.supports(q_BTHD, k_BTKD, v_BTKD) and q_BTHD.shape[-1] % 16 == 0:
         return _NativeAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale, document_ids_BT, branch_ids_BT)
     varlen = q_BTHD.is_cuda and q_BTHD.dtype in HALVES and branch_ids_BT is None

@@ -30,7 +30,7 @@ class Positions:
     sin_BTR: torch.Tensor
     """Sines of the rotary angles."""
     document_ids_BT: torch.Tensor | None
-    """Equal for tokens that may see each other; None if a row is one document."""
+    """Equal within a document, beyond which no token sees; None if a row is one document."""
     branch_ids_BT: torch.Tensor | None = None
     """Tells branches of a document apart, which share its trunk (0); None if there are none."""
 

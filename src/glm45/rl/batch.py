@@ -85,7 +85,8 @@ def policy_rows(
     """Pack the samples of a whole batch, all groups and all ranks, with advantages and global weights.
 
     `max_tokens` is the cap in force (the denominator of "constant" aggregation). Samples that cannot move the policy,
-    with advantage 0 or masked, are weighed in the denominators and then left out of the rows.
+    with advantage 0 or masked, are weighed in the denominators and then left out of the rows. With `share_prompts`,
+    samples of one prompt have it once in a row.
     """
     kept, rewards = learnable(samples, config)
     if not kept:
@@ -97,9 +98,9 @@ def policy_rows(
     domains = [sample.task.verifier for sample in kept]
     aggregation: dict[str, str] = dict(config.aggregation)
     weights_S = token_weights(lengths_S, domains, aggregation, config.default_aggregation, max_tokens)
-    moving = [i for i in range(len(kept)) if not masked[i] and advantages_S[i] != 0]
-    if config.mtp_weight > 0:
-        moving = [i for i in range(len(kept)) if not masked[i]]
+    moving = [i for i in range(len(kept)) if not masked[i] and kept[i].num_generated]
+    if config.mtp_weight == 0:
+        moving = [i for i in moving if advantages_S[i] != 0]
     learnt = [_Learnt(kept[i], float(advantages_S[i]), float(weights_S[i])) for i in moving]
     documents = _sharing(learnt, config.micro_batch_tokens) if share_prompts else [[each] for each in learnt]
     lengths = [_length(document) for document in documents]
@@ -108,7 +109,7 @@ def policy_rows(
 
 
 def _sharing(learnt: Sequence[_Learnt], capacity: int) -> list[Document]:
-    """Put samples of equal prompts together, as many as a row holds."""
+    """Put samples of equal prompts together, in their order, as many as fit into a row."""
     documents: list[Document] = []
     newest: dict[tuple[int, ...], tuple[Document, int]] = {}  # of each prompt: the document and its tokens
     for each in learnt:

@@ -3,8 +3,8 @@
 //
 // One task is one (batch row, key/value head). Tokens fall into runs, each a document, a document's trunk or one of the
 // branches that grow from it. A query sees its run up to itself and, in a branch, the whole trunk. Whole rows of scores
-// are held, a few queries at a time, the trunk's columns first and the run's after them, so softmax needs no rescaling
-// and what a query may not see is never multiplied.
+// are held, a few queries at a time, the trunk's columns first and the run's after them, so softmax needs no rescaling.
+// Columns that fill up the last vectors, and keys after a query in its tile, get a weight of 0.
 #include "common.h"
 
 #include <vector>
@@ -116,7 +116,7 @@ inline floats row_maximum(const float* scores, int64_t width, int64_t stop, floa
 struct Shape {
     int64_t B, T, K, G, D;
     // Rows of a head: a run's last rows are multiplied together with what follows them.
-    int64_t padded() const { return round_up(T + ROWS, PANEL); }
+    int64_t padded() const { return round_up(T + ROWS, LANES); }
     // Of a row of scores or of a transposed head, with room for the trunk's last columns and the run's. Rows a power of
     // two apart would share a few lines of the cache.
     int64_t stride() const { return padded() + 2 * COLUMNS + 16; }
@@ -198,16 +198,26 @@ struct Workspace {
     std::vector<Run> runs;
 };
 
+// Calls body(column, which of its lanes are seen) over the trunk's columns and the run's own.
+template <class Body>
+inline void for_columns(const Run& run, int64_t width, int64_t stop, const Body& body) {
+    for (int64_t j = 0; j < run.own(); j += LANES) body(j, before(j, run.trunk_size));
+    for (int64_t j = 0; j < width; j += LANES) body(run.own() + j, before(j, stop));
+}
+
 // Softmax weights (from scores) and score gradients (from gradients of the weights) of one row, in place; the run's own
 // columns count up to `stop`.
 inline void backward_row(float* weights, float* grads, const Run& run, int64_t width, int64_t stop, float log_sum) {
     exponentiate(weights, run.own(), run.trunk_size, log_sum);
     exponentiate(weights + run.own(), width, stop, log_sum);
-    const int64_t columns = run.own() + width;
     floats products = {};
-    for (int64_t j = 0; j < columns; j += LANES) products += load(weights + j) * load(grads + j);
-    float mean = sum(products);
-    for (int64_t j = 0; j < columns; j += LANES) store(grads + j, load(weights + j) * (load(grads + j) - mean));
+    for_columns(run, width, stop, [&](int64_t j, ints seen) {
+        products += seen ? load(weights + j) * load(grads + j) : floats{};
+    });
+    const float mean = sum(products);
+    for_columns(run, width, stop, [&](int64_t j, ints seen) {
+        store(grads + j, seen ? load(weights + j) * (load(grads + j) - mean) : floats{});
+    });
 }
 
 // Fills rows [i, i + 8) of the panels with softmax weights and score gradients, and grad_query with dq.

@@ -14,7 +14,7 @@ COMES_WITH = {
     **dict.fromkeys(("starlette", "pydantic"), "fastapi"),
 }
 """Modules of the machinery of a declared package, which its own interface speaks of."""
-WHERE_PRESENT = {"datasets", "transformers", "lm_eval", "wandb", "trackio", "fastText"}
+WHERE_PRESENT = {"datasets", "transformers", "lm_eval", "ray", "wandb", "trackio", "fastText"}
 """Modules that are looked for where they are used, with an error that says what to install."""
 
 

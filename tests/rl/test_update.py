@@ -80,7 +80,7 @@ def test_sharing_prompts_changes_nothing(make_model, world, groups, gradients, c
     results, sizes = [], []
     for tokens, share in ((4096, False), (4096, True), (24, True)):
         config = LossConfig(micro_batch_tokens=tokens, clip_norm=1e9, share_prompts=share, **changes)
-        rows = policy_rows([sample for group in groups for sample in group], config, 16, share)
+        rows = policy_rows([sample for group in groups for sample in group], config, 16)
         sizes.append(sum(row.tokens_1T.numel() for row in rows))
         results.append(gradient_of(PolicyTrainer(make_model(), config, world), groups, gradients))
     assert sizes[1] < sizes[2] < sizes[0]

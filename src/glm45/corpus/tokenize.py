@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -18,6 +17,7 @@ from glm45.corpus.extract import COMPRESSIONS, open_lines
 from glm45.data.folder import describe_tokenizer, update_manifest
 from glm45.data.mixture import HELD_OUT
 from glm45.data.shards import ShardWriter, require_disk, token_dtype, verify
+from glm45.files import write_atomically
 from glm45.text.chat import render
 from glm45.text.tokenizer import Tokenizer
 
@@ -246,6 +246,4 @@ class _Progress:
 
     def _save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.parent / f"{self._path.name}.tmp"
-        temporary.write_text(json.dumps(self._finished))
-        os.replace(temporary, self._path)
+        write_atomically(self._path, json.dumps(self._finished))

@@ -134,15 +134,14 @@ class Core:
         if not sampled.token_ids:
             self._fail(sequence.request, "logit_bias, constraint and min_tokens together ban every token")
             return
-        if sequence.drafts:
-            num_accepted = len(sampled.token_ids) - 1
-            self.totals.drafted_tokens += len(sequence.drafts)
-            self.totals.accepted_tokens += num_accepted
-            sequence.drafts = []
-            sequence.num_computed_tokens += num_accepted
+        if any(logprob != logprob for logprob in sampled.logprobs):
+            raise ArithmeticError("the model's logits are not finite: its weights have diverged or were never set")
+        num_accepted = len(sampled.token_ids) - 1
+        self.totals.drafted_tokens += len(sequence.drafts)
+        self.totals.accepted_tokens += num_accepted
+        sequence.drafts = []
+        sequence.num_computed_tokens += num_accepted
         for i, token in enumerate(sampled.token_ids):
-            if sampled.logprobs[i] != sampled.logprobs[i]:
-                raise ArithmeticError("the model's logits are not finite: its weights have diverged or were never set")
             sequence.token_ids.append(token)
             sequence.logprobs.append(sampled.logprobs[i])
             sequence.weight_versions.append(self.weight_version)

@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from glm45.files import write_atomically
 from glm45.kernels import native
 
 UNITS = ("torch", "fp32", "fp16")
@@ -182,9 +182,7 @@ def rates() -> dict[str, float]:
     except (OSError, ValueError, AttributeError):
         pass  # not measured yet, or not by this version
     measured = _measure()
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as partial:
-        json.dump(measured, partial)
-    os.replace(partial.name, path)
+    write_atomically(path, json.dumps(measured))
     return measured
 
 

@@ -79,9 +79,7 @@ Document = list[_Learnt]
 """Samples that share their prompt."""
 
 
-def policy_rows(
-    samples: Sequence[Sample], config: LossConfig, max_tokens: int, share_prompts: bool = True
-) -> list[PolicyRow]:
+def policy_rows(samples: Sequence[Sample], config: LossConfig, max_tokens: int) -> list[PolicyRow]:
     """Pack the samples of a whole batch, all groups and all ranks, with advantages and global weights.
 
     `max_tokens` is the cap in force (the denominator of "constant" aggregation). Samples that cannot move the policy,
@@ -102,7 +100,7 @@ def policy_rows(
     if config.mtp_weight == 0:
         moving = [i for i in moving if advantages_S[i] != 0]
     learnt = [_Learnt(kept[i], float(advantages_S[i]), float(weights_S[i])) for i in moving]
-    documents = _sharing(learnt, config.micro_batch_tokens) if share_prompts else [[each] for each in learnt]
+    documents = _sharing(learnt, config.micro_batch_tokens) if config.share_prompts else [[each] for each in learnt]
     lengths = [_length(document) for document in documents]
     bins = best_fit(lengths, max([config.micro_batch_tokens, *lengths]))
     return [_pack([documents[i] for i in each]) for each in bins]

@@ -5,6 +5,7 @@ training forward, at the temperature of the rollout; the engine's serve the mism
 router's bias and the balance loss stay out of it: the model is in evaluation mode throughout.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ class PolicyTrainer:
 
     def __init__(self, model: Glm45, config: LossConfig, world: World):
         self.model = model.eval()
-        self.config = config
+        shares = config.share_prompts and config.mtp_weight == 0 and model.device.type == "cpu"
+        self.config = dataclasses.replace(config, share_prompts=shares)
         self.world = world
         self.optimizer_config = OptimizerConfig(
             matrices="adamw", head="adamw", weight_decay=config.weight_decay, clip_norm=config.clip_norm
@@ -67,8 +69,7 @@ class PolicyTrainer:
 
     def _rows(self, groups: Sequence[Group], max_tokens: int) -> list[PolicyRow]:
         """This rank's rows; advantages and weights are those of the whole minibatch."""
-        share = self.config.share_prompts and self.config.mtp_weight == 0 and self.model.device.type == "cpu"
-        rows = policy_rows([sample for group in groups for sample in group], self.config, max_tokens, share)
+        rows = policy_rows([sample for group in groups for sample in group], self.config, max_tokens)
         return rows[self.world.data_rank :: self.world.num_data_ranks]
 
     def _step(self, rows: Sequence[PolicyRow], old: Sequence[Forward] | None) -> Sums:

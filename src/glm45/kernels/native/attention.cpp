@@ -78,12 +78,13 @@ struct Run {
     int64_t own() const { return round_up(trunk_size, COLUMNS); }  // column of scores where the run's own tokens begin
 };
 
-// Branches are numbered from 1 within a document; 0 is its trunk.
-inline void find_runs(const int64_t* document_ids, const int64_t* branch_ids, int64_t T, std::vector<Run>& runs) {
+// The runs of batch row b. Branches are numbered from 1 within a document; 0 is its trunk.
+inline void find_runs(const int64_t* document_ids, const int64_t* branch_ids, int64_t b, int64_t T,
+                      std::vector<Run>& runs) {
     runs.clear();
     for (int64_t t = 0, trunk = 0, trunk_size = 0, end; t < T; t = end) {
-        auto document = [&](int64_t i) { return document_ids ? document_ids[i] : 0; };
-        auto branch = [&](int64_t i) { return branch_ids ? branch_ids[i] : 0; };
+        auto document = [&](int64_t i) { return document_ids ? document_ids[b * T + i] : 0; };
+        auto branch = [&](int64_t i) { return branch_ids ? branch_ids[b * T + i] : 0; };
         for (end = t + 1; end < T && document(end) == document(t) && branch(end) == branch(t);) ++end;
         if (t == 0 || document(t) != document(t - 1)) trunk = t, trunk_size = branch(t) == 0 ? end - t : 0;
         runs.push_back({t, end, trunk, branch(t) == 0 ? 0 : trunk_size});
@@ -93,7 +94,7 @@ inline void find_runs(const int64_t* document_ids, const int64_t* branch_ids, in
 // Lanes of the columns j, j + 1, ... that lie before `stop`.
 inline ints before(int64_t j, int64_t stop) { return lane_numbers() + (int32_t)j < (int32_t)stop; }
 
-// Turns `width` scores of one row into exp(score - shift), zero from `stop` on, and returns their sum.
+// Turns `width` scores of one row into exp(score - shift), zero from `stop` on, and returns their sums by lane.
 inline floats exponentiate(float* scores, int64_t width, int64_t stop, float shift) {
     floats total = {};
     for (int64_t j = 0; j < width; j += LANES) {
@@ -105,6 +106,7 @@ inline floats exponentiate(float* scores, int64_t width, int64_t stop, float shi
     return total;
 }
 
+// The largest of `best` and the scores before `stop`, by lane.
 inline floats row_maximum(const float* scores, int64_t width, int64_t stop, floats best) {
     for (int64_t j = 0; j < width; j += LANES) {
         floats x = load(scores + j);
@@ -137,13 +139,13 @@ inline void score(const float* queries, const Head& key, const Run& run, int64_t
 // ROWS rows of weights times the rows of a head that they belong to, `count` of the run's own: out [ROWS, D].
 inline void weigh(const float* weights, const Head& head, const Run& run, int64_t stride, int64_t count, int64_t D,
                   float* out) {
-    if (run.trunk_size)
-        multiply<false>(weights, stride, 1, &head.rows[run.trunk * D], D, out, D, 0, run.trunk_size, D);
     const float *own = weights + run.own(), *rows = &head.rows[run.begin * D];
-    if (run.trunk_size)
+    if (run.trunk_size) {
+        multiply<false>(weights, stride, 1, &head.rows[run.trunk * D], D, out, D, 0, run.trunk_size, D);
         multiply<true>(own, stride, 1, rows, D, out, D, 0, count, D);
-    else
+    } else {
         multiply<false>(own, stride, 1, rows, D, out, D, 0, count, D);
+    }
 }
 
 template <class T>
@@ -156,8 +158,7 @@ void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, co
         std::vector<Run> runs;
         for (int64_t task = begin; task < end; ++task) {
             int64_t b = task / s.K, head = task % s.K;
-            find_runs(document_ids ? document_ids + b * s.T : nullptr, branch_ids ? branch_ids + b * s.T : nullptr,
-                      s.T, runs);
+            find_runs(document_ids, branch_ids, b, s.T, runs);
             key.read_rows(k + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
             key.transpose(padded, stride, D);
             value.read_rows(v + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
@@ -172,8 +173,7 @@ void forward(const T* q, const T* k, const T* v, const int64_t* document_ids, co
                         for (int64_t r = 0; r < rows; ++r) {
                             float *trunk = &scores[r * stride], *own = trunk + run.own();
                             int64_t stop = i + r + 1 - run.begin;
-                            floats best = broadcast(-INFINITY);
-                            best = row_maximum(trunk, run.own(), run.trunk_size, best);
+                            floats best = row_maximum(trunk, run.own(), run.trunk_size, broadcast(-INFINITY));
                             float top = maximum(row_maximum(own, width, stop, best));
                             float total = sum(exponentiate(trunk, run.own(), run.trunk_size, top) +
                                               exponentiate(own, width, stop, top));
@@ -257,8 +257,7 @@ void backward(const T* grad_out, const T* q, const T* k, const T* v, const int64
         w.grad_query.resize(ROWS * D);
         for (int64_t task = begin; task < end; ++task) {
             int64_t b = task / s.K, head = task % s.K;
-            find_runs(document_ids ? document_ids + b * s.T : nullptr, branch_ids ? branch_ids + b * s.T : nullptr,
-                      s.T, w.runs);
+            find_runs(document_ids, branch_ids, b, s.T, w.runs);
             w.key.read_rows(k + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
             w.key.transpose(padded, stride, D);
             w.value.read_rows(v + s.k_at(b, head), s.k_stride(), s.T, padded, D, 1.0f);
